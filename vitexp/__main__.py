@@ -1,0 +1,6 @@
+"""python -m vitexp [command] [overrides]."""
+
+from vitexp.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Is a resolved configuration one that can run? Answered from text and numbers alone: no torch, no data, no model.
+
+Signatures of vitexp's own components are read from their source, so that a misspelt argument or a wrong type is
+named in a fraction of a second, before the heavy imports.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitexp.errors import UserError, nearest
+
+# Where components may come from. Of other packages only classes that are optimizers or modules: functions there load
+# pickles, write files and start processes.
+OWN_COMPONENTS = tuple(
+    f"vitexp.{place}."
+    for place in ("models", "methods", "optimizers", "schedules", "evaluators", "data.sources", "data.transforms")
+)
+FOREIGN_COMPONENTS = ("torch.optim.", "torch.nn.", "timm.optim.", "timm.layers.", "timm.loss.")
+EXTRA_TARGETS_VARIABLE = "VITEXP_ALLOW_TARGETS"  # a person's own packages, e.g. "mylab.models.,mylab.losses."
+
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Values one key may have."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # low itself is not allowed
+    whole: bool = False
+    none: bool = False  # null is allowed
+
+    def describe(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = "" if self.low == -math.inf else f" {'above' if self.above else 'of at least'} {self.low:g}"
+        high = "" if self.high == math.inf else f"{' and' if low else ''} at most {self.high:g}"
+        return f"{kind}{low}{high}{', or null' if self.none else ''}"
+
+    def holds(self, value: Any) -> bool:
+        if value is None:
+            return self.none
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if self.whole and not isinstance(value, int):
+            return False
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+
+COUNT = Allowed(1, whole=True)
+COUNT_OR_NULL = Allowed(1, whole=True, none=True)
+DURATION = Allowed(0, none=True)
+FRACTION = Allowed(0, 1)
+RATE = Allowed(0, above=True, none=True)
+RANGES: dict[str, Allowed] = {
+    "seed": Allowed(0, 2**63 - 1, whole=True),
+    "train.epochs": Allowed(0, above=True, none=True),
+    "train.max_steps": COUNT_OR_NULL,
+    "train.batch_size": COUNT,
+    "train.accumulate": COUNT,
+    "train.clip_norm": RATE,
+    "train.eval_every": COUNT_OR_NULL,
+    "train.save_every": COUNT_OR_NULL,
+    "train.keep": Allowed(0, whole=True),
+    "train.log_every": COUNT,
+    "train.workers": Allowed(0, whole=True, none=True),
+    "runtime.processes": COUNT,
+    "runtime.threads": COUNT_OR_NULL,
+    "optim.lr": RATE,
+    "optim.base_lr": RATE,
+    "optim.reference_batch": COUNT,
+    "optim.weight_decay": Allowed(0),
+    "optim.layer_decay": Allowed(0, 1, above=True),
+    "optim.momentum": FRACTION,
+    "schedule.warmup_epochs": DURATION,
+    "schedule.warmup_steps": DURATION,
+    "schedule.warmup_fraction": Allowed(0, 1, none=True),
+    "schedule.warmup_start_lr": Allowed(0),
+    "schedule.min_lr": Allowed(0),
+    "data.flip": FRACTION,
+    "data.val_fraction": Allowed(0, 1, above=True),
+    "model.depth": COUNT,
+    "model.embed_dim": COUNT,
+    "model.num_heads": COUNT,
+    "model.in_channels": COUNT,
+    "model.num_classes": COUNT_OR_NULL,
+    "model.mlp_ratio": Allowed(0, above=True),
+    "model.dropout": FRACTION,
+    "model.attention_dropout": FRACTION,
+    "model.drop_path": Allowed(0, 1, none=True),
+    "model.norm_eps": Allowed(0, above=True),
+    "model.representation_dim": COUNT_OR_NULL,
+    "method.label_smoothing": FRACTION,
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "resume": ("auto", "must", "never"),
+    "runtime.precision": ("auto", "fp32", "bf16", "fp16"),
+    "runtime.device": ("auto", "cpu", "cuda", "mps"),
+    "stage.head": ("auto", "keep", "fresh"),
+    "data.cache": ("auto", "memory", "none"),
+}
+PATHS = ("run", "init_from", "data.root", "data.train", "data.val")
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a nested configuration that is not itself a mapping, dotted, with its value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises UserError for the first value out of its range, of another kind than its default, or a missing path."""
+    usual = dict(leaves(defaults))
+    for key, value in leaves(config):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key}={show(value)}: expected a finite number")
+        if key in RANGES and not RANGES[key].holds(value):
+            raise UserError(f"{key}={show(value)}: expected {RANGES[key].describe()}")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(
+                f"{key}={show(value)}: expected one of {', '.join(CHOICES[key])}.{nearest(show(value), CHOICES[key])}"
+            )
+        if key not in RANGES and key not in CHOICES:
+            _check_kind(key, value, usual.get(key))
+    for key in PATHS:
+        value = _select(config, key)
+        if isinstance(value, str):
+            _check_path(key, value)
+        elif isinstance(value, list):
+            for one in value:
+                _check_path(key, one)
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    if default is None or value is None or str(default) == "???":
+        return
+    for kind, word in ((bool, "true or false"), (int | float, "a number"), (str, "text"), (list, "a list")):
+        if isinstance(default, kind):
+            if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
+                raise UserError(f"{key}={show(value)}: expected {word}, such as {show(default)}")
+            return
+
+
+def _check_path(key: str, value: str) -> None:
+    if any(mark in value for mark in "*?[") and glob.glob(os.path.expanduser(value)):
+        return
+    path = Path(os.path.expanduser(value))
+    if path.exists():
+        return
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    siblings = [child.name for child in parent.iterdir()] if parent.is_dir() else []
+    missing = path.relative_to(parent).parts[0]
+    raise UserError(f"{key}={value}: no such file or folder; {parent} has no {missing!r}.{nearest(missing, siblings)}")
+
+
+def _select(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def check_model_shape(model: dict[str, Any]) -> None:
+    """The two divisions every ViT needs: the patch divides the picture, the heads divide the width."""
+    image, patch = model.get("image_size"), model.get("patch_size")
+    if image is not None and patch is not None:
+        sizes, patches = (x if isinstance(x, list) else [x, x] for x in (image, patch))
+        for size, side in zip(sizes, patches, strict=False):
+            if side < 1 or size < 1 or size % side:
+                fits = [d for d in range(1, max(size, 1) + 1) if size % d == 0]
+                close = sorted(sorted(fits, key=lambda d, side=side: abs(d - side))[:3])
+                raise UserError(
+                    f"model.patch_size={show(patch)}: does not divide model.image_size={show(image)}; "
+                    f"nearest that do: {', '.join(map(str, close))}"
+                )
+    width, heads = model.get("embed_dim"), model.get("num_heads")
+    if width is not None and heads is not None and width % heads:
+        fits = [d for d in range(1, width + 1) if width % d == 0]
+        close = sorted(sorted(fits, key=lambda d: abs(d - heads))[:3])
+        raise UserError(
+            f"model.num_heads={heads}: does not divide model.embed_dim={width}; "
+            f"nearest that do: {', '.join(map(str, close))}"
+        )
+
+
+def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Raises UserError for a `_target_` that is not allowed or missing, and for arguments it does not take.
+
+    raw is the same tree before interpolation: an error names the key a person set, not the one that refers to it."""
+    nodes = list(_component_nodes(resolved, ""))
+    for key, node in nodes:
+        _check_allowed(f"{key}._target_", str(node["_target_"]))
+    # Own components first: their source answers at once, while a foreign signature costs an import of torch.
+    for key, node in sorted(nodes, key=lambda item: not str(item[1]["_target_"]).startswith("vitexp.")):
+        _check_arguments(key, node, _select(raw, key) if key else raw)
+
+
+def _component_nodes(node: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield prefix, node
+        for key, value in node.items():
+            yield from _component_nodes(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _component_nodes(value, f"{prefix}.{position}")
+
+
+def _extra_targets() -> tuple[str, ...]:
+    return tuple(part.strip() for part in os.environ.get(EXTRA_TARGETS_VARIABLE, "").split(",") if part.strip())
+
+
+def _check_allowed(key: str, target: str) -> None:
+    allowed = OWN_COMPONENTS + FOREIGN_COMPONENTS + _extra_targets()
+    if not target.startswith(allowed) or any(not part.isidentifier() for part in target.split(".")):
+        raise UserError(
+            f"{key}={target}: not allowed here. Components come from {', '.join(p.rstrip('.') for p in allowed)};\n"
+            f"name your own packages in the environment variable {EXTRA_TARGETS_VARIABLE}"
+        )
+
+
+def _check_arguments(key: str, node: dict[str, Any], raw: Any) -> None:
+    target = str(node["_target_"])
+    names, annotations, takes_any = signature_of(target, f"{key}._target_")
+    for name, value in node.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        if name.startswith("_") and name.endswith("_"):
+            raise UserError(f"{key}.{name}: only _target_ and _partial_ are understood beside a component's arguments")
+        if name not in names and not takes_any:
+            raise UserError(
+                f"{key}.{name}: {target} takes no argument {name!r}.{nearest(name, names)}\nit takes: {', '.join(names)}"
+            )
+        annotation = annotations.get(name)
+        if annotation is not None and not _accepts(annotation, value):
+            origin = raw.get(name) if isinstance(raw, dict) else None
+            named = f"{key}.{name}"
+            if isinstance(origin, str) and origin.startswith("${") and origin.endswith("}") and ":" not in origin:
+                named = origin[2:-1]
+            raise UserError(f"{named}={show(value)}: expected {_describe(annotation)}")
+
+
+def signature_of(target: str, key: str) -> tuple[list[str], dict[str, ast.expr], bool]:
+    """Argument names, their annotations as syntax trees, and whether **keywords are taken."""
+    module_name, _, name = target.rpartition(".")
+    if target.startswith("vitexp."):
+        function = _definition(module_name, name, key)
+        if function is None:
+            return [], {}, False
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        annotated = {a.arg: a.annotation for a in arguments if a.annotation is not None}
+        return [a.arg for a in arguments if a.arg != "self"], annotated, function.args.kwarg is not None
+    found = _import(module_name, name, target, key)
+    parameters = inspect.signature(found).parameters.values()
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return [p.name for p in parameters if p.kind in keywords], {}, takes_any
+
+
+def _definition(module_name: str, name: str, key: str) -> ast.FunctionDef | None:
+    """The function, or the class's __init__ (None: it takes nothing), as written in the module's source."""
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise UserError(f"{key}={module_name}.{name}: there is no module {module_name}")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    found = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"}
+    if name not in found:
+        raise UserError(f"{key}={module_name}.{name}: {module_name} defines no {name!r}.{nearest(name, found)}")
+    node = found[name]
+    if isinstance(node, ast.FunctionDef):
+        return node
+    return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+
+
+def _import(module_name: str, name: str, target: str, key: str) -> Any:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:
+        raise UserError(f"{key}={target}: there is no module {module_name}") from None
+    found = getattr(module, name, None)
+    if found is None:
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{key}={target}: {module_name} has no {name!r}.{nearest(name, names)}")
+    if target.startswith(_extra_targets() or ("\0",)):
+        return found
+    from torch import nn, optim
+
+    if not (inspect.isclass(found) and issubclass(found, nn.Module | optim.Optimizer)):
+        raise UserError(f"{key}={target}: not allowed here. Of other packages only optimizer and module classes are")
+    return found
+
+
+def _accepts(annotation: ast.expr, value: Any) -> bool:
+    """Whether a plain value fits an annotation; components and unknown annotations fit."""
+    if isinstance(value, dict):
+        return True
+    if isinstance(annotation, ast.BinOp):
+        return _accepts(annotation.left, value) or _accepts(annotation.right, value)
+    if isinstance(annotation, ast.Constant):
+        return value is None if annotation.value is None else True
+    if isinstance(annotation, ast.Subscript):
+        outer = ast.unparse(annotation.value).rsplit(".", 1)[-1]
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if outer == "Literal":
+            return value in [n.value for n in inner if isinstance(n, ast.Constant)]
+        if outer in ("tuple", "list", "Sequence"):
+            if not isinstance(value, list | tuple):
+                return False
+            if outer == "tuple" and not (isinstance(inner[-1], ast.Constant) and inner[-1].value is ...):
+                return len(value) == len(inner) and all(map(_accepts, inner, value))
+            return all(_accepts(inner[0], one) for one in value)
+        return True
+    match annotation:
+        case ast.Name(id="int"):
+            return isinstance(value, int) and not isinstance(value, bool)
+        case ast.Name(id="float"):
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case ast.Name(id="bool"):
+            return isinstance(value, bool)
+        case ast.Name(id="str"):
+            return isinstance(value, str)
+    return True
+
+
+def _describe(annotation: ast.expr) -> str:
+    if isinstance(annotation, ast.BinOp):
+        return f"{_describe(annotation.left)} or {_describe(annotation.right)}"
+    if isinstance(annotation, ast.Subscript):
+        outer = ast.unparse(annotation.value).rsplit(".", 1)[-1]
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if outer == "Literal":
+            return f"one of {', '.join(str(n.value) for n in inner if isinstance(n, ast.Constant))}"
+        plain = ", ".join(_describe(n) for n in inner if not (isinstance(n, ast.Constant) and n.value is ...))
+        return f"a list of {plain}"
+    text = ast.unparse(annotation)
+    return WORDS.get(text, text)

@@ -1,0 +1,162 @@
+"""The command line: python -m vitexp [command] [overrides]; train when no command is named.
+
+Nothing heavy is imported here: not even Hydra for --help. torch, timm and MLflow come in when there is something to run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from vitexp import __version__
+from vitexp.errors import UserError, nearest
+
+COMMANDS = {
+    "train": "train, evaluate, save and track one run (when no command is named)",
+    "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
+    "plan": "parameters, GFLOPs, steps and learning rates of a run, without training it",
+    "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
+}
+EXAMPLES = (
+    ("python -m vitexp", "a small ViT on scikit-learn's digits, a few minutes on a laptop"),
+    ("python -m vitexp model=vit_huge optim=adam schedule=linear_warmup", "any model, optimizer and schedule"),
+    ("python -m vitexp --multirun optim=adam,sgd seed=0,1,2", "a sweep, compared in the MLflow UI"),
+    ("python -m vitexp data=folder data.root=pictures model=vit_tiny", "your own pictures, one folder a class"),
+    ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
+)
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--multirun", "-m")
+
+
+def main(argv: list[str] | None = None) -> None:
+    from vitexp.launch import exit_code_of
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(exit_code_of(lambda: _run(arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    if any(flag in arguments for flag in ("--help", "-h")):
+        print(help_text(_take_option(list(arguments), "--config-dir", "-cd")))
+        return 0
+    if "--version" in arguments:
+        print(f"vitexp {__version__}")
+        return 0
+    command = "train"
+    if arguments and "=" not in arguments[0] and arguments[0][0] not in "-+~":
+        command = arguments.pop(0)
+        if command not in COMMANDS:
+            raise UserError(
+                f"{command!r}: no such command.{nearest(command, COMMANDS)}\ncommands: {', '.join(COMMANDS)}"
+            )
+    if command == "train" and any(argument in HYDRA_FLAGS for argument in arguments):
+        return _hydra(arguments)
+    config_dir = _take_option(arguments, "--config-dir", "-cd")
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UserError(f"{argument}: no such option; settings are given as key=value, see python -m vitexp --help")
+    if command == "train":
+        return _train(arguments, config_dir)
+    command_main = importlib.import_module(f"vitexp.commands.{command}").main
+    return command_main(arguments, config_dir)
+
+
+def _train(overrides: list[str], config_dir: str | None) -> int:
+    from vitexp.config import compose_and_check
+    from vitexp.launch import ranks_given, run_in_processes
+
+    config = compose_and_check(overrides, config_dir)
+    if ranks_given():
+        if not any(text.startswith("output_dir=") for text in overrides):
+            raise UserError("output_dir: give it when another launcher starts the ranks, so that all of them share one")
+    elif config.runtime.processes > 1:
+        return run_in_processes(config.resolved, processes=config.runtime.processes)
+    from vitexp.train import train
+
+    train(config)
+    return 0
+
+
+def _hydra(arguments: list[str]) -> int:
+    """Sweeps and Hydra's own questions (--cfg, --info, completion) run as the Hydra application they are."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from vitexp.config import check, compose_and_check, register_resolvers
+    from vitexp.config_paths import conf_dir
+    from vitexp.launch import complain, run_in_processes
+
+    rest = list(arguments)
+    config_dir = _take_option(rest, "--config-dir", "-cd")
+    if "--multirun" in rest or "-m" in rest:
+        for job in one_of_each([text for text in rest if not text.startswith("-")]):
+            compose_and_check(job, config_dir)
+    register_resolvers()
+    failed: list[tuple[str, int]] = []
+    sweep_process = os.getpid()
+
+    def job(config: DictConfig) -> None:
+        place = HydraConfig.get()
+        config.output_dir = place.runtime.output_dir
+        settings = check(config, defaults={})
+        code = run_in_processes(settings.resolved, processes=settings.runtime.processes)
+        if code in (130, 143):
+            raise SystemExit(code)
+        if code:
+            failed.append((", ".join(place.overrides.task), code))
+            if os.getpid() != sweep_process:  # a parallel launcher learns of a failure only by an exception
+                raise RuntimeError(f"the run ended with exit code {code}")
+
+    sys.argv = ["vitexp", *arguments]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    for overrides, code in failed:
+        complain(f"failed with exit code {code}: {overrides}")
+    return 1 if failed else 0
+
+
+def one_of_each(overrides: list[str]) -> Iterator[list[str]]:
+    """Jobs that together show every value of every axis of a sweep once: enough to find each typo, however large."""
+    from vitexp.config import parse_overrides
+
+    axes = []
+    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
+        if override.is_discrete_sweep():
+            key = text.partition("=")[0]
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    for values in itertools.zip_longest(*axes):
+        yield [value or axis[0] for value, axis in zip(values, axes, strict=True)]
+
+
+def _take_option(arguments: list[str], *names: str) -> str | None:
+    """Removes `--name value` or `--name=value` from the arguments and returns the value."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            if not equals:
+                if position + 1 >= len(arguments):
+                    raise UserError(f"{name}: needs a value")
+                value = arguments.pop(position + 1)
+            arguments.pop(position)
+            return value
+    return None
+
+
+def help_text(config_dir: str | None) -> str:
+    from vitexp.config_paths import config_groups
+
+    lines = ["vitexp: Vision Transformer experiments", "", "  python -m vitexp [command] [key=value …]", "", "commands"]
+    lines += [f"  {name:<10}{words}" for name, words in COMMANDS.items()]
+    lines += ["", "groups and their options (group=option)"]
+    for group, options in config_groups(config_dir).items():
+        lines += textwrap.wrap(" ".join(options), 108, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
+    lines += ["", "settings of a group: key=value, such as train.epochs=20 optim.lr=3e-4 model.drop_path=0.1"]
+    lines += ["all of them: python -m vitexp --cfg job    your own groups: --config-dir <folder>", "", "examples"]
+    for line, words in EXAMPLES:
+        lines += [f"  {line}", f"      {words}"]
+    return "\n".join(lines)
