@@ -1,0 +1,389 @@
+"""PNG pictures of a run in one quiet style: curves over steps, the confusion matrix, grids of input pictures.
+
+matplotlib is imported when the first picture is drawn. Only its Figure objects are used and every setting is made on
+them: pyplot and rcParams are global, and would make two threads or a person's notebook disturb each other.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vitexp.run_folder import atomic_file, make_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _SOFT, _LINE = "#222222", "#666666", "#d9d9d9"
+_COLOURS = ("#3465a4", "#c4572e", "#4e8f3a", "#7c5aa6", "#8a7340", "#3b8f94")
+_DPI = 110
+_SMALL, _NORMAL, _TITLE = 7.5, 8.5, 10.0
+# Fonts with Chinese, Japanese, Korean letters, for class names; the first that the machine has.
+_WIDE_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "SimHei",
+)
+_MAX_POINTS = 2000  # a curve has fewer pixels than that
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Loss, accuracy and learning rate over update steps, epochs on the top axis, from the rows of metrics.jsonl.
+
+    Draws every metric named `<part>/loss`, `<part>/top…` or accuracy, and `<part>/lr`, except those under `perf/`;
+    a panel without a value is left out. Values that are not finite leave a gap."""
+    panels = [
+        (title, found)
+        for title, belongs in (
+            ("loss", lambda last: last == "loss" or last.endswith("_loss")),
+            ("accuracy", lambda last: last == "accuracy" or last[:3] == "top"),
+            ("learning rate", lambda last: last == "lr"),
+        )
+        if (found := _series(rows, belongs))
+    ]
+    height = 0.75 + 2.0 * max(1, len(panels))
+    figure = _figure(6.4, height)
+    axes = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.42 / height, top=1 - 0.62 / height, hspace=0.24)
+    for ax in axes:
+        _quiet(ax)
+    for ax, (title, found) in zip(axes, panels, strict=False):
+        _text(ax.set_title(title, loc="left", pad=3), size=_TITLE)
+        for number, (name, (steps, values)) in enumerate(found.items()):
+            last = values[np.isfinite(values)][-1]
+            label = f"{name}  {100 * last:.2f} %" if title == "accuracy" else f"{name}  {last:.4g}"
+            _curve(ax, steps, values, label=label, colour=_COLOURS[number % len(_COLOURS)])
+        if title == "accuracy":
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(-0.02, low), min(1.02, high))
+            ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{100 * value:.4g} %"))
+        elif title == "learning rate":
+            ax.set_ylim(bottom=0)
+            ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{value:.3g}"))
+        _legend(ax)
+    if not panels:
+        _text(axes[0].text(0.5, 0.5, "no values yet", transform=axes[0].transAxes, ha="center"), colour=_SOFT)
+    _step_axis(axes[-1], max((row["step"] for row in rows), default=0))
+    _text(axes[-1].set_xlabel("update step"), colour=_SOFT)
+    _epoch_axis(axes[0], rows)
+    return _save(figure, path)
+
+
+def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> Path:
+    """The (k, k) counts of true by predicted class, coloured by their share of the true class.
+
+    Up to 16 classes the cells carry their share in per cent; above, the most frequent confusions are listed beside,
+    which are the readable part of a picture of 1000 classes. Up to 50 classes the axes carry names."""
+    matrix = np.asarray(matrix)
+    count = len(matrix)
+    assert matrix.shape == (count, len(classes)), (matrix.shape, len(classes))
+    totals = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, totals, out=np.zeros(matrix.shape, np.float64), where=totals > 0)
+
+    numbered, named, listed = count <= 16, count <= 50, count > 16
+    side = min(7.5, max(2.6, 0.42 * count)) if named else 6.4
+    labels = [_short(name, 16 if count <= 20 else 12) for name in classes]
+    margin = 0.45 + (0.085 * max(map(_width, labels)) if named else 0.25)
+    beside = 3.3 if listed else 0.25
+    width, height = margin + side + 0.62 + beside, margin + side + 0.45
+    figure = _figure(width, height)
+    ax = figure.add_axes((margin / width, margin / height, side / width, side / height))
+    # The square root lets single confusions be seen beside a full diagonal.
+    shown = _shrink(np.sqrt(share), int(side * _DPI))
+    ax.imshow(
+        shown,
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        aspect="auto",
+        extent=(-0.5, count - 0.5, count - 0.5, -0.5),
+    )
+    right = np.trace(matrix)
+    total = int(totals.sum())
+    accuracy = f"{100 * right / total:.2f} % of {total} right" if total else "nothing counted"
+    title = f"{accuracy}; cells: % of the true class" if numbered and side > 4 else accuracy
+    _text(ax.set_title(title, loc="left", pad=5))
+    _text(ax.set_xlabel("predicted class"), colour=_SOFT)
+    _text(ax.set_ylabel("true class"), colour=_SOFT)
+    for spine in ax.spines.values():
+        spine.set_color(_LINE)
+    ax.tick_params(length=0 if named else 2, color=_SOFT, labelsize=_SMALL, labelcolor=_INK)
+    if named:
+        size = min(_SMALL, 72 * side / count * 0.62)
+        upright = max(map(_width, labels)) * size * 0.62 < 72 * side / count  # all names fit side by side
+        ax.set_xticks(range(count), labels, rotation=0 if upright else 90)
+        ax.set_yticks(range(count), labels)
+        for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+            _text(label, size=size)
+    if numbered:
+        for row, column in np.argwhere(matrix > 0):
+            value = 100 * share[row, column]
+            _text(
+                ax.text(column, row, _percent(value), ha="center", va="center"),
+                size=_SMALL if count <= 10 else 6.5,
+                colour="white" if share[row, column] > 0.4 else _INK,
+            )
+    _share_bar(figure, (margin + side + 0.12) / width, margin / height, 0.11 / width, side / height)
+    if listed:
+        lines = int((side - 0.3) / 0.185)
+        _most_confused(
+            figure,
+            matrix,
+            share,
+            classes,
+            left=(margin + side + 0.72) / width,
+            top=(margin + side) / height,
+            step=0.185 / height,
+            lines=min(lines, 24),
+        )
+    return _save(figure, path)
+
+
+def picture_grid(images: np.ndarray | Any, titles: Sequence[str] | None, path: str | Path) -> Path:
+    """A grid of uint8 pictures (n, c, h, w), array or tensor, each under its title; small ones are enlarged without
+    smoothing. One channel is shown grey, of more than three the first three are shown."""
+    pictures = np.asarray(images)
+    assert pictures.ndim == 4, pictures.shape
+    assert pictures.dtype == np.uint8, pictures.dtype
+    assert titles is None or len(titles) == len(pictures), "one title a picture"
+    assert len(pictures), "no pictures"
+    number, channels, rows, columns = pictures.shape
+    pictures = pictures[:, :3] if channels >= 3 else pictures[:, :1].repeat(3, axis=1)
+    across = min(number, max(1, min(8, math.ceil(math.sqrt(number * 1.4)))))
+    down = math.ceil(number / across)
+    largest = max(rows, columns)
+    inches = 1.0 if largest <= 128 else min(2.2, max(1.0, largest / _DPI))
+    cell_w, cell_h = max(0.6, inches * columns / largest), inches * rows / largest
+    gap, head = 0.09, 0.19 if titles is not None else 0.0
+    width = across * (cell_w + gap) + gap
+    height = down * (cell_h + head + gap) + gap
+    figure = _figure(width, height)
+    letters = int(cell_w * 72 / (0.6 * _SMALL))
+    for place, picture in enumerate(pictures):
+        x = gap + (place % across) * (cell_w + gap)
+        y = height - (place // across + 1) * (cell_h + head + gap)
+        ax = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
+        # Enlarged or shrunk here, so that what is drawn is what the file holds.
+        ax.imshow(
+            picture.transpose(1, 2, 0), interpolation="nearest" if largest <= 128 else "antialiased", aspect="equal"
+        )
+        ax.set_axis_off()
+        if titles is not None:
+            _text(ax.set_title(_short(titles[place], letters), pad=2.5), size=_SMALL)
+    return _save(figure, path)
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], belongs: Callable[[str], bool]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (steps, values) by step, of the metrics whose last part belongs and which have a finite value."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            part, _, last = name.rpartition("/")
+            if part and part != "perf" and belongs(last) and isinstance(value, (int, float)):
+                found.setdefault(name, []).append((row["step"], value))
+    result = {}
+    for name, points in found.items():
+        steps, values = np.array(sorted(points, key=lambda point: point[0]), np.float64).T
+        if np.isfinite(values).any():
+            result[name] = steps, np.where(np.isfinite(values), values, np.nan)
+    return result
+
+
+def _curve(ax: Axes, steps: np.ndarray, values: np.ndarray, *, label: str, colour: str) -> None:
+    """A line; few points are marked, and a long noisy one is drawn faint under its running mean."""
+    steps, values = _thin(steps, values)
+    if len(steps) <= 40:
+        ax.plot(steps, values, color=colour, lw=1.3, marker="o", ms=2.6, label=label)
+        return
+    smooth = _running_mean(values, max(3, len(values) // 60))
+    noisy = np.nanmean(np.abs(values - smooth)) > 0.01 * (np.nanmax(values) - np.nanmin(values))
+    if noisy:
+        ax.plot(steps, values, color=colour, lw=0.7, alpha=0.3)
+    ax.plot(steps, smooth if noisy else values, color=colour, lw=1.4, label=label)
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbours, so that a curve has at most _MAX_POINTS points."""
+    width = math.ceil(len(steps) / _MAX_POINTS)
+    if width == 1:
+        return steps, values
+    edges = np.arange(0, len(steps), width)
+    counts = np.diff(np.append(edges, len(steps)))
+    return np.add.reduceat(steps, edges) / counts, np.add.reduceat(values, edges) / counts
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values in a centred window, nan where the middle one is nan."""
+    finite, window = np.isfinite(values), np.ones(2 * (width // 2) + 1)
+    total = np.convolve(np.where(finite, values, 0), window, mode="same")
+    count = np.convolve(finite, window, mode="same")
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
+
+
+def _epoch_axis(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Epochs above the first panel. Within a run they are a fixed multiple of the steps."""
+    known = [(row["epoch"], row["step"]) for row in rows if row.get("step") and row.get("epoch")]
+    if not known:
+        return
+    per_step = known[-1][0] / known[-1][1]
+    top = ax.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda epoch: epoch / per_step))
+    top.tick_params(length=2, pad=1, color=_SOFT, labelsize=_SMALL, labelcolor=_SOFT)
+    top.spines["top"].set_color(_LINE)
+    _text(top.set_xlabel("epoch", labelpad=3), colour=_SOFT)
+
+
+def _step_axis(ax: Axes, last_step: int) -> None:
+    """From 0 to the last step, marked at whole steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlim(0, max(1, last_step) * 1.01)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    ax.xaxis.set_major_formatter(_formatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))
+
+
+def _formatter(function: Any) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(function)
+
+
+def _legend(ax: Axes) -> None:
+    legend = ax.legend(
+        loc="best", frameon=False, fontsize=_SMALL, handlelength=1.3, borderaxespad=0.2, labelspacing=0.25
+    )
+    for label in legend.get_texts():
+        _text(label, size=_SMALL)
+
+
+def _share_bar(figure: Figure, left: float, bottom: float, width: float, height: float) -> None:
+    """The colour scale of confusion_matrix: drawn by hand because the colours follow the square root."""
+    ax = figure.add_axes((left, bottom, width, height))
+    ax.imshow(
+        np.linspace(0, 1, 256)[:, None],
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=(0, 1, 0, 1),
+    )
+    marks = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
+    ax.set_xticks([])
+    ax.yaxis.tick_right()
+    ax.set_yticks([math.sqrt(mark) for mark in marks], [f"{100 * mark:.0f} %" for mark in marks])
+    ax.tick_params(length=2, pad=2, color=_SOFT, labelsize=_SMALL, labelcolor=_SOFT)
+    for spine in ax.spines.values():
+        spine.set_color(_LINE)
+
+
+def _most_confused(
+    figure: Figure,
+    matrix: np.ndarray,
+    share: np.ndarray,
+    classes: Sequence[str],
+    *,
+    left: float,
+    top: float,
+    step: float,
+    lines: int,
+) -> None:
+    """The largest off-diagonal shares as lines of text, ties by count."""
+    wrong = share * (1 - np.eye(len(share)))
+    flat = np.lexsort((-matrix.ravel(), -wrong.ravel()))[:lines]
+    pairs = [divmod(int(place), len(share)) for place in flat if wrong.flat[place] > 0]
+    _text(figure.text(left, top, "most confused: true → predicted", va="top"), size=_SMALL, colour=_SOFT)
+    for line, (true, predicted) in enumerate(pairs, start=1):
+        names = f"{_short(classes[true], 16)} → {_short(classes[predicted], 16)}"
+        words = f"{_percent(100 * share[true, predicted])} %  {names}"
+        _text(figure.text(left, top - line * step - 0.3 * step, words, va="top"), size=_SMALL)
+    if not pairs:
+        _text(figure.text(left, top - 1.3 * step, "none", va="top"), size=_SMALL)
+
+
+def _shrink(values: np.ndarray, pixels: int) -> np.ndarray:
+    """Maximum over blocks, so that no more cells than pixels remain and no cell is lost."""
+    step = math.ceil(len(values) / pixels)
+    if step == 1:
+        return values
+    edges = np.arange(0, len(values), step)
+    return np.maximum.reduceat(np.maximum.reduceat(values, edges, axis=0), edges, axis=1)
+
+
+def _percent(value: float) -> str:
+    if value >= 99.95:
+        return "100"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def _width(text: str) -> int:
+    """Columns that text takes: Chinese and such letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _short(name: object, columns: int) -> str:
+    """At most so many columns on one line, the cut marked."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in str(name)).split())
+    if _width(text) <= columns:
+        return text
+    while text and _width(text) > columns - 1:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _quiet(ax: Axes) -> None:
+    ax.grid(color=_LINE, lw=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(_LINE)
+    ax.tick_params(length=2, color=_SOFT, labelsize=_SMALL, labelcolor=_INK)
+
+
+def _text(text: Any, *, size: float = _NORMAL, colour: str = _INK) -> None:
+    """The one style of all words. Names are shown as they are: a dollar sign starts no formula."""
+    text.set_fontsize(size)
+    text.set_color(colour)
+    text.set_parse_math(False)
+    text.set_fontfamily(list(_fonts()))
+
+
+@cache
+def _fonts() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
+    have = set(font_manager.get_font_names())
+    return ("DejaVu Sans", *[name for name in _WIDE_FONTS if name in have][:1])
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for the letter
+    with atomic_file(make_folder(path.parent) / path.name) as beside:
+        figure.savefig(
+            beside, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.09, metadata={"Software": None}
+        )
+    return path
