@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,21 @@ def test_the_wheel_holds_nothing_but_the_package_and_its_papers(wheel: Path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vitexp"}
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/test" in name or name.endswith(".pyc")]
     assert any(name.endswith("/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_every_package_the_code_imports_is_a_declared_dependency(repository: Path):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=!~\[; ]", line)[0].lower() for line in project["dependencies"]}
+    distributions = packages_distributions()
+    missing = {}
+    for path in (repository / "vitexp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"vitexp"}:
+                if not declared & {name.lower() for name in distributions.get(top, [top])}:
+                    missing[top] = path.name
+    assert not missing
 
 
 def test_help_of_an_installed_wheel_lists_the_shipped_options_in_an_empty_folder(installed: Path, workdir: Path):

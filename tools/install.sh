@@ -1,7 +1,7 @@
 #!/bin/sh
 # install.sh PYTHON VENV WHAT NAME HOW_LONG: `pip install -e WHAT` into VENV, which is made when it is missing or broken.
-# Says in one line that it is under way. All that pip wrote stays in VENV/install.log; warnings and errors are shown,
-# all but one a package and index ("Location ... is ignored"), which some pip configurations print by the dozen.
+# Says in one line that it is under way. All that pip wrote stays in VENV/install.log; its warnings are shown, except
+# "Location ... is ignored", which some pip configurations print once for every package.
 set -eu
 base=$1 venv=$2 what=$3 name=$4 how_long=$5
 log=$venv/install.log
@@ -17,9 +17,11 @@ fi
 echo "installing $name into $venv: $how_long (details: $log)"
 status=0
 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-color -e "$what" >"$log" 2>&1 || status=$?
-grep -E '^ *(WARNING|ERROR|error|DEPRECATION)' "$log" | grep -vE "^WARNING: Location '.*' is ignored: it is neither a file nor a directory\.$" >&2 || true
-if [ "$status" -ne 0 ]; then
+noise='is ignored: it is neither a file nor a directory'
+if [ "$status" -eq 0 ]; then
+    grep -E '^ *(WARNING|DEPRECATION)' "$log" | grep -v "$noise" >&2 || true
+else
     echo "pip failed; the end of $log:" >&2
-    grep -v "is ignored: it is neither a file nor a directory" "$log" | tail -n 25 >&2
+    grep -v "$noise" "$log" | tail -n 25 >&2
 fi
 exit "$status"
