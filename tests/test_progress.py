@@ -112,7 +112,8 @@ def test_an_evaluation_is_one_line_and_does_not_count_as_slow_steps():
     display = Display(total=100, stream=out)
     display.step(50)
     display._shown_at -= 1  # 50 steps in a second
-    time.sleep(0.3)
+    with display.pause():
+        time.sleep(0.3)
     display.evaluated({"step": 50, "epoch": 2.5, "val/top1": 0.93021, "val/loss": 0.25, "perf/time_s": 17e8})
     assert out.getvalue() == "step 50/100  epoch 2.50  val/top1 0.9302  val/loss 0.2500\n"
     display._draw()

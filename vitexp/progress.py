@@ -12,7 +12,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 Values = Mapping[str, float]
@@ -41,7 +41,7 @@ class Display:
         self._every = bar_every_s if self._bar is not None else line_every_s
         self._values: Values | Callable[[], Values] = {}
         self._done = self._shown = start
-        self._stepped_at = self._shown_at = time.monotonic()
+        self._shown_at = time.monotonic()
         self._rate: float | None = None  # updates a second, smoothed
         # A sign of life early on, then at the usual pace.
         self._due = self._shown_at + min(1.0, self._every) if self._out is not None else float("inf")
@@ -49,8 +49,7 @@ class Display:
     def step(self, done: int) -> None:
         """`done` updates of the run are made. Draws when it is time to, and takes about 0.1 us otherwise."""
         self._done = done
-        self._stepped_at = now = time.monotonic()
-        if now >= self._due:
+        if time.monotonic() >= self._due:
             self._draw()
 
     def log(self, values: Values | Callable[[], Values]) -> None:
@@ -59,11 +58,19 @@ class Display:
         self._values = values
 
     def evaluated(self, row: Values) -> None:
-        """A line with the metrics of an evaluation. The time since the last step does not count as slow training."""
-        self._shown_at += time.monotonic() - self._stepped_at
+        """A line with the metrics of an evaluation, whose names hold a slash."""
         metrics = [f"{name} {value:.4f}" for name, value in row.items() if "/" in name and not name.startswith("perf/")]
         place = [f"step {self._done}/{self.total}"] + ([f"epoch {row['epoch']:.2f}"] if "epoch" in row else [])
         self.line("  ".join(place + metrics))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around an evaluation or a save: its time is no slow training in what is said of the time left."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._shown_at += time.monotonic() - began
 
     def line(self, text: str) -> None:
         """A line above the bar, or of its own, at once."""
@@ -172,7 +179,7 @@ class _Sink:
     def _has_room(self) -> bool:
         """False where writing would wait: a pipe nobody reads, a terminal stopped with Ctrl-S. Left out, not kept."""
         try:
-            return bool(select.select([], [self._stream], [], 0)[1])
+            return bool(select.select([], [self.fileno()], [], 0)[1])
         except Exception:  # no descriptor (a notebook), or one that select cannot take (Windows, above 1023)
             return True
 
