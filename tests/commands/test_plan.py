@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import timm
 import torch
 from torch import nn
 
-from vitexp.commands.plan import lr_table, pictures_seen, plan
+from vitexp.commands.plan import lr_table, main, pictures_seen, plan, slots_of
 from vitexp.horizon import plan_horizon
 from vitexp.schedules import constant, cosine
 
@@ -109,3 +110,25 @@ def test_a_run_of_one_update_has_a_table_of_one_row():
     horizon = plan_horizon(10, accumulate=1, epochs=1, max_steps=1)
     assert len(lr_table(constant, horizon, lr=1e-3)) == 2
     assert len(lr_table(partial(constant, warmup_epochs=1), horizon, lr=1e-3)) == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "slots"),
+    [
+        (torch.optim.AdamW, 2),
+        (partial(torch.optim.AdamW, amsgrad=True), 3),
+        (partial(torch.optim.SGD, momentum=0.9), 1),
+        (torch.optim.SGD, 0),
+    ],
+)
+def test_slots_are_the_tensors_that_the_optimizer_really_keeps(optimizer, slots: int):
+    assert slots_of(optimizer, weight_decay=0.1) == slots
+
+
+def test_the_command_plans_the_shipped_vit_huge_and_writes_nothing(workdir, capsys):
+    assert main(["model=vit_huge", "optim=adam", "schedule=linear_warmup", "train.batch_size=32"], None) == 0
+    told = capsys.readouterr().out
+    assert "632,045,800 with ImageNet's 1,000" in told
+    assert "334.6 GFLOPs" in told
+    assert "global batch 32" in told
+    assert list(workdir.iterdir()) == []

@@ -1,18 +1,77 @@
-"""What a run would be, without training: its parameters, arithmetic, memory, steps and learning rate, as text."""
+"""`python -m vitexp plan [overrides]`: what a run would be, without training. Its parameters, arithmetic, memory, steps
+and learning rates, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from vitexp.config import build, compose_and_check
 from vitexp.costs import TRAIN_TO_FORWARD, count_parameters, forward_gflops, state_bytes
-from vitexp.horizon import Horizon
+from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
+from vitexp.horizon import Horizon, plan_horizon
+from vitexp.optim import build_optimizer, resolve_lr
+from vitexp.run import model_arguments
 from vitexp.schedules import Schedule, preview
 
 IMAGENET_CLASSES = 1000  # what published parameter counts are made with
 TABLE_ROWS = 11
 BAR_WIDTH = 40
+
+
+def main(arguments: list[str], config_dir: str | None) -> int:
+    """Prints the plan of the run that these overrides describe. The data set is opened to count it, not read."""
+    config = compose_and_check(arguments, config_dir)
+    source = build(config.data["source"])
+    architecture = model_arguments(config, num_classes=len(source.classes))
+    size = architecture["image_size"]
+
+    def model_with_classes(count: int) -> nn.Module:
+        with torch.device("meta"):
+            return build({**architecture, "num_classes": count})
+
+    settings, processes = config.train, config.runtime.processes
+    batch_size = effective_batch_size(len(source.train), settings.batch_size, processes)
+    horizon = plan_horizon(
+        micro_batches_per_epoch(len(source.train), settings.batch_size, processes),
+        accumulate=settings.accumulate,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    global_batch = batch_size * processes * settings.accumulate
+    rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
+    make_optimizer = build(config.optim["optimizer"])
+    print("  ".join(f"{group}={option}" for group, option in config.choices.items()))
+    print(
+        plan(
+            model=model_with_classes(architecture["num_classes"]),
+            model_with_classes=model_with_classes,
+            num_classes=architecture["num_classes"],
+            image_size=size if isinstance(size, int) else (size[0], size[1]),
+            in_channels=architecture.get("in_channels", 3),
+            horizon=horizon,
+            lr=resolve_lr(**rates, global_batch=global_batch),
+            schedule=build(config.schedule),
+            global_batch=global_batch,
+            num_train=len(source.train),
+            optimizer_slots=slots_of(make_optimizer, weight_decay=config.optim["weight_decay"]),
+        ),
+        end="",
+    )
+    return 0
+
+
+def slots_of(make_optimizer: Callable[..., Optimizer], *, weight_decay: float) -> int:
+    """Tensors the optimizer keeps for every weight, seen by letting it make one update of a small one."""
+    layer = nn.Linear(3, 5, bias=False)
+    optimizer = build_optimizer(make_optimizer, layer, lr=1e-3, weight_decay=weight_decay)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    kept = optimizer.state[layer.weight].values()
+    return sum(isinstance(value, Tensor) and value.shape == layer.weight.shape for value in kept)
 
 
 def plan(
