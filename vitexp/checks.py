@@ -22,9 +22,12 @@ from vitexp.errors import UserError, nearest
 
 # Where components may come from. Of other packages only classes that are optimizers or modules: functions there load
 # pickles, write files and start processes.
-OWN_COMPONENTS = tuple(
-    f"vitexp.{place}."
-    for place in ("models", "methods", "optimizers", "schedules", "evaluators", "data.sources", "data.transforms")
+OWN_COMPONENTS = (
+    *(f"vitexp.{place}." for place in ("models", "methods", "optimizers", "schedules", "evaluators")),
+    "vitexp.data.sources.",
+    "vitexp.data.transforms.",
+    "vitexp.tracking.Mirror",
+    "vitexp.tracking.NoMirror",
 )
 FOREIGN_COMPONENTS = ("torch.optim.", "torch.nn.", "timm.optim.", "timm.layers.", "timm.loss.")
 EXTRA_TARGETS_VARIABLE = "VITEXP_ALLOW_TARGETS"  # a person's own packages, e.g. "mylab.models.,mylab.losses."
@@ -70,6 +73,7 @@ RANGES: dict[str, Allowed] = {
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.clip_norm": RATE,
+    "train.ema_decay": Allowed(0, 1, none=True),
     "train.eval_every": COUNT_OR_NULL,
     "train.save_every": COUNT_OR_NULL,
     "train.keep": Allowed(0, whole=True),
@@ -151,7 +155,7 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
-    if default is None or value is None or str(default) == "???":
+    if default is None or value is None or str(default) == "???" or "${" in str(default):
         return
     for kind, word in ((bool, "true or false"), (int | float, "a number"), (str, "text"), (list, "a list")):
         if isinstance(default, kind):
@@ -255,6 +259,8 @@ def _check_arguments(key: str, node: dict[str, Any], raw: Any) -> None:
                 f"{key}.{name}: {target} takes no argument {name!r}.{nearest(name, names)}\nit takes: {', '.join(names)}"
             )
         annotation = annotations.get(name)
+        if f"{key}.{name}" == "model.num_classes" and value is None:
+            continue  # the data says how many, when it has been read
         if annotation is not None and not _accepts(annotation, value):
             origin = raw.get(name) if isinstance(raw, dict) else None
             named = f"{key}.{name}"
@@ -267,12 +273,7 @@ def signature_of(target: str, key: str) -> tuple[list[str], dict[str, ast.expr],
     """Argument names, their annotations as syntax trees, and whether **keywords are taken."""
     module_name, _, name = target.rpartition(".")
     if target.startswith("vitexp."):
-        function = _definition(module_name, name, key)
-        if function is None:
-            return [], {}, False
-        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        annotated = {a.arg: a.annotation for a in arguments if a.annotation is not None}
-        return [a.arg for a in arguments if a.arg != "self"], annotated, function.args.kwarg is not None
+        return _written_signature(module_name, name, key)
     found = _import(module_name, name, target, key)
     parameters = inspect.signature(found).parameters.values()
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -280,8 +281,8 @@ def signature_of(target: str, key: str) -> tuple[list[str], dict[str, ast.expr],
     return [p.name for p in parameters if p.kind in keywords], {}, takes_any
 
 
-def _definition(module_name: str, name: str, key: str) -> ast.FunctionDef | None:
-    """The function, or the class's __init__ (None: it takes nothing), as written in the module's source."""
+def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str], dict[str, ast.expr], bool]:
+    """Read from the module's source: of a function, a class's __init__, or a dataclass's fields."""
     try:
         spec = importlib.util.find_spec(module_name)
     except ModuleNotFoundError:
@@ -293,9 +294,16 @@ def _definition(module_name: str, name: str, key: str) -> ast.FunctionDef | None
     if name not in found:
         raise UserError(f"{key}={module_name}.{name}: {module_name} defines no {name!r}.{nearest(name, found)}")
     node = found[name]
-    if isinstance(node, ast.FunctionDef):
-        return node
-    return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if isinstance(node, ast.ClassDef):
+        function = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if function is None:
+            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
+            annotated = {n.target.id: n.annotation for n in fields if isinstance(n.target, ast.Name)}
+            return list(annotated), annotated, False
+        node = function
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    annotated = {a.arg: a.annotation for a in arguments if a.annotation is not None}
+    return [a.arg for a in arguments if a.arg != "self"], annotated, node.args.kwarg is not None
 
 
 def _import(module_name: str, name: str, target: str, key: str) -> Any:

@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    from vitexp.config import compose_and_check
+    from vitexp.config import compose_and_check, request_of
     from vitexp.launch import ranks_given, run_in_processes
 
     config = compose_and_check(overrides, config_dir)
@@ -73,7 +73,7 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         if not any(text.startswith("output_dir=") for text in overrides):
             raise UserError("output_dir: give it when another launcher starts the ranks, so that all of them share one")
     elif config.runtime.processes > 1:
-        return run_in_processes(config.resolved, processes=config.runtime.processes)
+        return run_in_processes(request_of(config), processes=config.runtime.processes)
     from vitexp.train import train
 
     train(config)
@@ -86,7 +86,7 @@ def _hydra(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from vitexp.config import check, compose_and_check, register_resolvers
+    from vitexp.config import check, compose_and_check, register_resolvers, request_of
     from vitexp.config_paths import conf_dir
     from vitexp.launch import complain, run_in_processes
 
@@ -102,8 +102,8 @@ def _hydra(arguments: list[str]) -> int:
     def job(config: DictConfig) -> None:
         place = HydraConfig.get()
         config.output_dir = place.runtime.output_dir
-        settings = check(config, defaults={})
-        code = run_in_processes(settings.resolved, processes=settings.runtime.processes)
+        settings = check(config, choices={str(k): str(v) for k, v in place.runtime.choices.items()}, defaults={})
+        code = run_in_processes(request_of(settings), processes=settings.runtime.processes)
         if code in (130, 143):
             raise SystemExit(code)
         if code:

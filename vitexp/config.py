@@ -46,6 +46,8 @@ class TrainConfig:
     keep: int = 2
     log_every: int = 10
     workers: int | None = None
+    ema_decay: float | None = None
+    log_weights: bool = True
 
 
 @dataclass
@@ -55,14 +57,6 @@ class RuntimeConfig:
     processes: int = 1
     compile: bool = False
     threads: int | None = None
-
-
-@dataclass
-class TrackingConfig:
-    name: str = "mlflow"
-    uri: str | None = None
-    experiment: str | None = None
-    log_weights: bool = True
 
 
 @dataclass
@@ -78,7 +72,6 @@ class RunConfig:
     stage: StageConfig
     train: TrainConfig
     runtime: RuntimeConfig
-    tracking: TrackingConfig
     model: dict[str, Any]
     method: dict[str, Any]
     optim: dict[str, Any]
@@ -86,10 +79,14 @@ class RunConfig:
     data: dict[str, Any]
     augment: dict[str, Any]
     evaluators: dict[str, Any]
+    tracking: dict[str, Any]
+    choices: dict[str, str]
     resolved: dict[str, Any] = field(default_factory=dict)  # all of it, as config.yaml keeps it
+    raw: dict[str, Any] = field(default_factory=dict)  # the same before interpolation: what overrides work on later
 
 
-TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig, "tracking": TrackingConfig}
+CONFIG_NAME, RAW_NAME = "config.yaml", "config.interpolated.yaml"  # in a run folder: resolved, and as composed
+TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig}
 
 
 def register_resolvers() -> None:
@@ -134,7 +131,10 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
                 f"{choice.key_or_group} has: {', '.join(known)}"
             )
     base = _compose([o.input_line or "" for o in choices], config_dir)
-    known = _all_keys(OmegaConf.to_container(base, resolve=False), groups)
+    defaults = OmegaConf.to_container(base, resolve=False)
+    assert isinstance(defaults, dict)
+    del defaults["hydra"]
+    known = _all_keys(defaults, groups)
     for override in parsed:
         key = override.key_or_group
         if override in choices or key.startswith("hydra.") or override.type is OverrideType.ADD:
@@ -147,16 +147,21 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
                 f"{level or 'top level'} has: {', '.join(k.rpartition('.')[2] for k in siblings)}"
             )
     # What each value was before a person's overrides tells its kind (text, number, list) to the checks.
-    defaults = OmegaConf.to_container(base, resolve=False)
-    assert isinstance(defaults, dict)
-    return check(_compose(overrides, config_dir), defaults=defaults)
+    composed = _compose(overrides, config_dir)
+    return check(composed, choices=group_choices(composed), defaults=defaults)
+
+
+def group_choices(composed: DictConfig) -> dict[str, str]:
+    """The option each group was set to, such as model: vit_micro, for names and for comparing runs."""
+    chosen = composed.hydra.runtime.choices
+    return {str(group): str(name) for group, name in sorted(chosen.items()) if name and "/" not in group}
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="vitexp"):
-            return compose("config", overrides=[*overrides, *search])
+            return compose("config", overrides=[*overrides, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError("\n".join(lines[:3])) from None
@@ -175,8 +180,9 @@ def _all_keys(node: Any, groups: dict[str, list[str]], prefix: str = "") -> set[
     return found
 
 
-def check(config: DictConfig, *, defaults: dict[str, Any]) -> RunConfig:
+def check(config: DictConfig, *, choices: dict[str, str], defaults: dict[str, Any]) -> RunConfig:
     """The settings of one run, resolved and typed. Raises UserError before any data or model is touched."""
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     raw = OmegaConf.to_container(config, resolve=False)
     _check_missing(config)
     try:
@@ -186,12 +192,12 @@ def check(config: DictConfig, *, defaults: dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError("\n".join(str(error).splitlines()[:3])) from None
     assert isinstance(resolved, dict) and isinstance(raw, dict)
-    resolved.pop("hydra", None)
+    resolved["choices"] = choices
     return _check_resolved(resolved, raw=raw, defaults=defaults)
 
 
 def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: dict[str, Any]) -> RunConfig:
-    names = [f.name for f in fields(RunConfig) if f.name != "resolved"]
+    names = [f.name for f in fields(RunConfig) if f.name not in ("resolved", "raw")]
     for key in resolved:
         if key not in names:
             raise UserError(f"{key}: no such key.{nearest(key, names)}\ntop level has: {', '.join(names)}")
@@ -214,24 +220,49 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
             f"stage={resolved['stage']['name']}: needs init_from=<run folder or weights file> to start from"
         )
     typed = {group: kind(**resolved[group]) for group, kind in TYPED.items()}
-    return RunConfig(**{**{key: resolved[key] for key in names}, **typed}, resolved=resolved)
+    return RunConfig(**{**{key: resolved[key] for key in names}, **typed}, resolved=resolved, raw=raw)
 
 
 def _check_missing(config: DictConfig) -> None:
     for key in sorted(OmegaConf.missing_keys(config)):
-        if not key.startswith("hydra"):
-            raise UserError(f"{key}: has no value yet; give {key}=…")
+        raise UserError(f"{key}: has no value yet; give {key}=…")
 
 
-def load_config(path: Path) -> RunConfig:
-    """The settings a run was started with, from its config.yaml."""
+def to_yaml(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def request_of(config: RunConfig) -> str:
+    """What a process of its own needs to be told to make this run."""
+    return to_yaml({"resolved": config.resolved, "raw": config.raw})
+
+
+def from_request(path: Path) -> RunConfig:
+    """The settings that a parent process has checked and handed over."""
+    request = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return _check_resolved(request["resolved"], raw=request["raw"], defaults={})
+
+
+def reload(run_dir: Path, overrides: list[str]) -> RunConfig:
+    """The settings of a run from its folder, with some changed. Raises UserError for keys that it does not have."""
+    path = run_dir / RAW_NAME
+    if not run_dir.is_dir():
+        raise UserError(f"run={run_dir}: no such folder")
     try:
-        resolved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a run's configuration ({type(error).__name__})") from None
-    if not isinstance(resolved, dict):
+        raise UserError(f"run={run_dir}: not the folder of a run, {RAW_NAME} cannot be read ({error})") from None
+    if not isinstance(saved, dict):
         raise UserError(f"{path}: not the configuration of a run")
-    return _check_resolved(resolved, raw=resolved, defaults=resolved)
+    choices = saved.pop("choices", {})
+    known = _all_keys(saved, {}, "")
+    config = OmegaConf.create(saved)
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        if key not in known or override.type is not OverrideType.CHANGE:
+            raise UserError(f"{override.input_line}: this run has no key {key!r}.{nearest(key, known)}")
+        OmegaConf.update(config, key, override.value())
+    return check(config, choices=choices, defaults=saved)
 
 
 def build(node: dict[str, Any], **given: Any) -> Any:

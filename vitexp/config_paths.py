@@ -1,17 +1,19 @@
-"""Where the shipped configuration lies: conf/ in a checkout, vitexp/conf in an installed wheel."""
+"""Where the shipped configuration lies: inside the package in a wheel, beside it in a checkout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from vitexp.errors import UserError
+
 
 def conf_dir() -> Path:
-    """The shipped conf/ folder, absolute."""
-    here = Path(__file__).resolve().parent
-    for place in (here / "conf", here.parent / "conf"):
-        if (place / "config.yaml").is_file():
-            return place
-    raise FileNotFoundError("vitexp's conf/ is missing: reinstall vitexp")
+    """The folder of the shipped YAML groups. Raises UserError when the installation has none."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "model").is_dir():
+            return folder
+    raise UserError(f"no configuration beside {package}: vitexp is not installed whole, install it again")
 
 
 def config_groups(config_dir: str | None = None) -> dict[str, list[str]]:

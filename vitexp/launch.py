@@ -18,14 +18,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from vitexp.errors import UserError
 from vitexp.signals import Interrupted
 
 GRACE_S = 10.0  # a rank that outlives its siblings by this long is killed
+COMPLAINT_VARIABLE = "VITEXP_COMPLAINT_FILE"  # where a rank leaves its error text
 TRACEBACK_VARIABLES = ("VITEXP_DEBUG", "HYDRA_FULL_ERROR")
 
 
@@ -55,9 +53,11 @@ def exit_code_of(work: Callable[[], object]) -> int:
 
 
 def complain(text: str) -> None:
-    """Error text for a person, from the first rank only; silent when stderr is closed."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError, ValueError):
+    """Error text for a person on stderr; a rank leaves it to its parent, which says the first one's."""
+    with contextlib.suppress(OSError, ValueError):
+        if COMPLAINT_VARIABLE in os.environ:
+            Path(os.environ[COMPLAINT_VARIABLE]).write_text(f"vitexp: {text}\n", encoding="utf-8")
+        else:
             print(f"vitexp: {text}", file=sys.stderr, flush=True)
 
 
@@ -66,13 +66,13 @@ def ranks_given() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def run_in_processes(resolved: dict[str, Any], *, processes: int) -> int:
-    """Starts the ranks of one run, passes signals on to them, and returns their exit code.
+def run_in_processes(request_yaml: str, *, processes: int) -> int:
+    """Starts the ranks of one run on a checked request, passes signals on to them, and returns their exit code.
 
-    When one rank fails, the others are ended within GRACE_S."""
+    When one rank fails, the others are ended within GRACE_S, and what it said is said once."""
     with tempfile.TemporaryDirectory(prefix="vitexp-") as scratch:
         request = Path(scratch) / "config.yaml"
-        request.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        request.write_text(request_yaml, encoding="utf-8")
         port = str(_free_port())
         ranks = []
         for rank in range(processes):
@@ -84,11 +84,16 @@ def run_in_processes(resolved: dict[str, Any], *, processes: int) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            environment = {**os.environ, **(place if processes > 1 else {})}
+            complaint = {COMPLAINT_VARIABLE: str(Path(scratch) / f"complaint-{rank}")}
+            environment = {**os.environ, **complaint, **(place if processes > 1 else {})}
             # A session of its own: Ctrl-C reaches the ranks once, through here, and not their loader workers.
             command = [sys.executable, "-m", "vitexp.worker", str(request)]
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        return _watch(ranks)
+        code = _watch(ranks)
+        said = sorted(Path(scratch).glob("complaint-*"), key=lambda path: path.stat().st_mtime_ns)
+        if said:
+            print(said[0].read_text(encoding="utf-8"), file=sys.stderr, end="", flush=True)
+        return code
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -127,8 +132,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
             complain(f"process {number} was killed by signal {signum} ({signal.Signals(signum).name}), likely memory")
     if received and any(codes):
         return 128 + received[0]
-    asked = [code for code in codes if code > 0] or [128 + signum for _, signum in killed]
-    return asked[0] if asked else 0
+    # The first to fail has the reason; the others were ended for it.
+    reasons = [code for code in codes if 0 < code < 128] or [c if c > 0 else 128 - c for c in codes if c]
+    return reasons[0] if reasons else 0
 
 
 def _kill_group(rank: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitexp.ema import Ema
@@ -22,8 +23,12 @@ class Tally:
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def means(self, *, prefix: str) -> dict[str, float]:
-        """Means over the updates counted, read from the device, and start again."""
-        values = torch.stack(list(self.sums.values())).double().cpu() / max(self.updates, 1)
+        """Means over the updates counted and over the ranks, read from the device; then it starts again."""
+        values = torch.stack([value.float() for value in self.sums.values()])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(values)
+            values /= dist.get_world_size()
+        values = values.double().cpu() / max(self.updates, 1)
         found = {f"{prefix}{name}": value for name, value in zip(self.sums, values.tolist(), strict=True)}
         self.sums, self.updates = {}, 0
         return found

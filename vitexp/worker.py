@@ -10,10 +10,10 @@ from vitexp.launch import exit_code_of
 
 def main() -> None:
     def work() -> None:
-        from vitexp.config import load_config
+        from vitexp.config import from_request
         from vitexp.train import train
 
-        train(load_config(Path(sys.argv[1])))
+        train(from_request(Path(sys.argv[1])))
 
     sys.exit(exit_code_of(work))
 

@@ -1,0 +1,83 @@
+"""`python -m vitexp evaluate run=<run folder>` or `evaluate init_from=<weights> model=…`: measures the validation split."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vitexp.config import RunConfig, compose_and_check, reload
+from vitexp.errors import UserError
+
+
+def main(arguments: list[str], config_dir: str | None) -> int:
+    named = [text.partition("=")[2] for text in arguments if text.startswith("run=")]
+    weights = [text.partition("=")[2] for text in arguments if text.startswith("weights=")]
+    rest = [text for text in arguments if not text.startswith(("run=", "weights="))]
+    if named:
+        folder = Path(named[-1]).expanduser()
+        config = reload(folder, rest)
+        found = evaluate(config, run_dir=folder, weights=weights[-1] if weights else "model.safetensors")
+        place = folder
+    else:
+        config = compose_and_check(rest, config_dir)
+        if config.init_from is None:
+            raise UserError("evaluate: give run=<run folder>, or init_from=<weights> with the model they belong to")
+        found = evaluate(config)
+        place = Path(config.output_dir)
+    from vitexp.run_folder import make_folder, write_atomic
+
+    path = make_folder(place) / "evaluation.json"
+    write_atomic(path, json.dumps(found, indent=2) + "\n")
+    for name, value in found.items():
+        if isinstance(value, float):
+            print(f"{name:<28}{value:.6g}")
+    print(f"written to {path}")
+    return 0
+
+
+def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "model.safetensors") -> dict[str, Any]:
+    """Metrics of the validation split, named as in training (val/top1), and the accuracy of each class.
+
+    With a run folder its exported weights are taken, else those that the settings name."""
+    import torch
+
+    from vitexp.run import build_run
+    from vitexp.runtime import make_accelerator
+    from vitexp.train import measure
+    from vitexp.trained import load_run
+
+    if run_dir is not None:
+        config.init_from = None
+    accelerator = make_accelerator(
+        precision=config.runtime.precision, device=config.runtime.device, threads=config.runtime.threads
+    )
+    try:
+        run = build_run(config, for_training=False)
+        if run.val_data is None:
+            raise UserError(f"data={run.source.name}: has no validation split, or evaluators=none leaves nothing to measure")
+        if run_dir is not None:
+            trained = load_run(run_dir, weights=weights)
+            if trained.classes != run.source.classes:
+                raise UserError(
+                    f"run={run_dir}: was trained on other classes than the data has: "
+                    f"{_differing(trained.classes, run.source.classes)}"
+                )
+            run.backbone.load_state_dict(trained.model.state_dict())
+        run.backbone.to(accelerator.device)
+        with torch.no_grad():
+            metrics, arrays = measure(run, "val", accelerator=accelerator)
+    finally:
+        accelerator.end_training()
+    per_class = arrays.get("val/per_class_accuracy")
+    found: dict[str, Any] = dict(metrics)
+    if per_class is not None:
+        accuracy = {name: float(a) for name, a in zip(run.source.classes, per_class, strict=True)}
+        found["val/class_accuracy"] = {name: None if math.isnan(a) else a for name, a in accuracy.items()}
+    return found
+
+
+def _differing(ours: list[str], theirs: list[str]) -> str:
+    missing, extra = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    return f"missing {', '.join(missing[:5]) or 'none'}; extra {', '.join(extra[:5]) or 'none'}"

@@ -1,0 +1,328 @@
+"""What a run says and leaves behind: train.log, metrics.jsonl and its mirror, summary.json, plots, weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from vitexp import checkpoint, journal, plots, tracking
+from vitexp.costs import count_parameters
+from vitexp.export import export_model
+from vitexp.horizon import Horizon
+from vitexp.progress import Display
+from vitexp.run import Run
+from vitexp.run_folder import write_atomic
+from vitexp.state import State
+from vitexp.types import Progress
+
+log = logging.getLogger("vitexp")
+
+OUTPUTS = Path("outputs")  # MLflow's default database lies here, so that all runs started from one place compare
+VERSIONS = ("vitexp", "torch", "torchvision", "timm", "accelerate", "hydra-core", "mlflow", "numpy")
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """All that vitexp logs goes into the file with times and tracebacks, and from INFO on also to a person."""
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    for handler in (to_file, to_person):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
+        for handler in (to_file, to_person):
+            log.removeHandler(handler)
+        to_file.close()
+
+
+class _ToPerson(logging.Handler):
+    """Lines on stderr; above the bar while there is one."""
+
+    display: Display | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        if self.display is not None:
+            self.display.line(text)
+        else:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads: no reason to stop a run
+                print(text, file=sys.stderr, flush=True)
+
+
+to_person = _ToPerson(logging.INFO)
+
+
+class NoBooks:
+    """What every rank but the first keeps: nothing."""
+
+    def stepped(self, step: int) -> None: ...
+
+    def trained(self, at: Progress, metrics: dict[str, float]) -> None: ...
+
+    def evaluated(self, at: Progress, metrics: dict[str, float], arrays: dict[str, np.ndarray]) -> None: ...
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def export(self, metrics: dict[str, float], *, filename: str) -> None: ...
+
+    def save(self, state: State, *, keep: int, world: int) -> None: ...
+
+    def finish(self, state: State) -> dict[str, Any]:
+        return {}
+
+    def close(self, status: str) -> None: ...
+
+
+class Books(NoBooks):
+    """The first rank's: rows into the journal, MLflow behind it, numbers on the display, files in the run folder."""
+
+    def __init__(
+        self, run: Run, folder: Path, horizon: Horizon, *, facts: dict[str, Any], state: State, resumed: bool
+    ) -> None:
+        self.run, self.folder, self.facts = run, folder, facts
+        self.journal = journal.Journal(folder / tracking.JOURNAL_NAME)
+        # Rows beyond the checkpoint come again; so does an evaluation that was interrupted right after it.
+        redone = None if state.evaluated else state.step
+        self.journal.truncate_after(state.step, also=lambda row: row["step"] == redone and "train/loss" not in row)
+        rows = journal.read(self.journal.path) if self.journal.path.exists() else []
+        self.last_metrics = next((_metrics(row) for row in reversed(rows) if "train/loss" not in row), {})
+        self.speed = Speedometer(facts["global_batch"], state.step)
+        self.mirror = run.make_mirror(
+            folder,
+            root=OUTPUTS,
+            run_name=folder.name,
+            params={**run.config.resolved, "derived": facts},
+            tags=tracking.run_tags(folder, stage=run.config.stage.name, model=run.model_name, data=run.source.name),
+            dataset=tracking.DataFingerprint(
+                name=run.source.name,
+                digest=run.source.fingerprint(),
+                source=run.data_location,
+                profile=run.source.profile(),
+            ),
+        )
+        self.mirror.artifacts(["config.yaml"])
+        self._introduce(horizon, resumed_at=state.step if resumed else None)
+        self.mirror.wait_imported()
+        self.display = to_person.display = Display(total=horizon.num_updates, start=state.step)
+
+    def stepped(self, step: int) -> None:
+        self.speed.step = step
+        self.display.step(step)
+
+    def trained(self, at: Progress, metrics: dict[str, float]) -> None:
+        self._row(at, metrics | self.speed.row())
+
+    def evaluated(self, at: Progress, metrics: dict[str, float], arrays: dict[str, np.ndarray]) -> None:
+        self._row(at, metrics)
+        self.last_metrics = metrics
+        log.info("step %d  epoch %.2f  %s", at.step, at.epoch, _said(metrics))
+        if "val/confusion" in arrays:
+            (self.folder / "plots").mkdir(exist_ok=True)
+            plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, self.folder / "plots/confusion.png")
+
+    def _row(self, at: Progress, metrics: dict[str, float]) -> None:
+        self.display.log(self.journal.append({"step": at.step, "epoch": at.epoch, **metrics}))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around an evaluation or a save, which are no slow steps."""
+        with self.speed.pause(), self.display.pause():
+            yield
+
+    def export(self, metrics: dict[str, float], *, filename: str) -> None:
+        run = self.run
+        export_model(
+            self.folder,
+            run.backbone.state_dict(),
+            architecture=run.architecture,
+            classes=run.source.classes,
+            preprocessing=run.preprocessing,
+            metrics=metrics,
+            stage=run.config.stage.name,
+            filename=filename,
+        )
+
+    def save(self, state: State, *, keep: int, world: int) -> None:
+        with self.pause():
+            self.journal.flush(fsync=True)  # its rows up to this step must outlive what the checkpoint outlives
+            content = state.to_checkpoint() | {"classes": self.run.source.classes, "world_size": world}
+            path = checkpoint.save(self.folder / "checkpoints", content, step=state.step, keep=keep)
+            log.debug("saved %s", path)
+
+    def finish(self, state: State) -> dict[str, Any]:
+        """Leaves the weights, summary.json and curves, and hands everything to MLflow. Returns the summary."""
+        self.export(self.last_metrics, filename="model.safetensors")
+        rows = journal.read(self.journal.path)
+        (self.folder / "plots").mkdir(exist_ok=True)
+        plots.curves(rows, self.folder / "plots" / "curves.png")
+        trained = next((_metrics(row) for row in reversed(rows) if "train/loss" in row), {})
+        source = self.run.source
+        summary = {
+            "step": state.step,
+            "epoch": rows[-1]["epoch"] if rows else 0.0,
+            **{name: value for name, value in (trained | self.last_metrics).items() if not name.startswith("perf/")},
+            **state.best,
+            "perf/images_per_s": round(self.speed.average(), 2),
+            "perf/wall_s": round(self.speed.wall_s(), 2),
+            **self.facts,
+            "seed": self.run.config.seed,
+            "name": self.run.config.name,
+            "data": {"name": source.name, "fingerprint": source.fingerprint(), "classes": len(source.classes)},
+            "versions": versions(),
+            "git": tracking.git_state(Path.cwd()),
+        }
+        write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        left = ["config.yaml", "summary.json", "plots"]
+        if self.run.config.train.log_weights:
+            best = "model_best" if (self.folder / "model_best.safetensors").exists() else "model"
+            left += [f"{best}.safetensors", f"{best}.json"]
+        self.mirror.artifacts(left)
+        self.display.close()
+        farewell(self.folder, summary, self.mirror.ui_line)
+        return summary
+
+    def close(self, status: str) -> None:
+        """The end, whatever it is: FINISHED, FAILED or KILLED."""
+        self.display.close()
+        to_person.display = None
+        self.journal.flush(fsync=True)
+        self.journal.close()
+        if status == "KILLED":
+            self.mirror.kill()
+        else:
+            self.mirror.close(status)
+
+    def _introduce(self, horizon: Horizon, *, resumed_at: int | None) -> None:
+        """The lines a person reads first: what will be trained on what, at which rate, and where it goes."""
+        run, source, facts = self.run, self.run.source, self.facts
+        kinds = f"{len(source.classes)} classes" if source.classes else "no labels"
+        held_out = f"{len(source.val)} to validate" if source.val is not None else "none to validate"
+        log.info("data        %s: %d pictures to train, %s, %s", source.name, len(source.train), held_out, kinds)
+        for note in run.notes:
+            log.info("            %s", note)
+        log.info(
+            "model       %s: %.2f M parameters, %.3g GFLOPs a picture",
+            run.model_name,
+            facts["parameters"] / 1e6,
+            facts["gflops"],
+        )
+        log.info(
+            "training    %d updates of %d pictures, %d an epoch; peak lr %.4g; %s on %s",
+            horizon.num_updates,
+            facts["global_batch"],
+            horizon.updates_per_epoch,
+            facts["lr"],
+            facts["precision"],
+            facts["device"],
+        )
+        log.info("run folder  %s", self.folder)
+        if self.mirror.ui_line:
+            log.info("compare     %s", self.mirror.ui_line)
+        if resumed_at is not None:
+            log.info("resumed     after step %d", resumed_at)
+        log.debug("command: %s", " ".join(sys.argv))
+        log.debug("%s, pid %d, seed %d", versions(), os.getpid(), run.config.seed)
+
+
+class Speedometer:
+    """Pictures a second of training, evaluations and saves left out."""
+
+    def __init__(self, images_per_step: int, step: int) -> None:
+        self.images_per_step = images_per_step
+        self.step = self._first = self._logged = step
+        self._began = self._logged_at = time.monotonic()
+        self._paused = self._paused_before = 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - began
+
+    def row(self) -> dict[str, float]:
+        """Since the last row."""
+        now = time.monotonic()
+        seconds = now - self._logged_at - (self._paused - self._paused_before)
+        images = (self.step - self._logged) * self.images_per_step
+        self._logged, self._logged_at, self._paused_before = self.step, now, self._paused
+        return {"perf/images_per_s": images / max(seconds, 1e-9)}
+
+    def average(self) -> float:
+        return (self.step - self._first) * self.images_per_step / max(self.wall_s() - self._paused, 1e-9)
+
+    def wall_s(self) -> float:
+        return time.monotonic() - self._began
+
+
+def farewell(folder: Path, summary: dict[str, Any], ui_line: str) -> None:
+    """The result, on standard output: what a script or a person looks for at the end."""
+    lines = [f"result      {_said({k: v for k, v in summary.items() if k in ('val/top1', 'val/loss', 'val_ema/top1')})}"]
+    lines = lines if lines[0].strip() != "result" else [f"result      {summary['step']} updates made"]
+    lines += [f"run folder  {folder}", f"curves      {folder / 'plots' / 'curves.png'}"]
+    if ui_line:
+        lines.append(f"compare     {ui_line}")
+    with contextlib.suppress(OSError, ValueError):
+        print("\n".join(lines), flush=True)
+
+
+def already_done(folder: Path) -> dict[str, Any]:
+    """The summary of a run that has nothing left to do."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    log.info("already finished: %s updates; give a larger train.max_steps or another output_dir to go on", summary["step"])
+    farewell(folder, summary, "")
+    return summary
+
+
+def facts_of(run: Run, horizon: Horizon, *, lr: float, global_batch: int, accelerator: Accelerator) -> dict[str, Any]:
+    """What was resolved for this run: sizes, learning rate, lengths. Keys of summary.json and MLflow params."""
+    return {
+        "parameters": count_parameters(run.backbone),
+        "gflops": round(run.gflops(), 4),
+        "lr": lr,
+        "global_batch": global_batch,
+        "total_steps": horizon.num_updates,
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "device": accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if "/" in name and name != journal.TIME_KEY}
+
+
+def _said(metrics: dict[str, float]) -> str:
+    percent = ("top", "accuracy")
+    words = {n: f"{100 * v:.2f} %" if any(p in n for p in percent) else f"{v:.4g}" for n, v in metrics.items()}
+    return "  ".join(f"{name} {word}" for name, word in words.items())
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,121 @@
+"""The parts of one run, built from its settings: data, model, method, optimizer, schedule, evaluators, tracking."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vitexp.config import RunConfig, build
+from vitexp.costs import forward_gflops
+from vitexp.data.images import Source
+from vitexp.data.loader import Split, open_split
+from vitexp.errors import UserError
+from vitexp.models.weights import load_weights
+from vitexp.runtime import seed_everything
+from vitexp.schedules import Schedule
+
+
+@dataclass
+class Run:
+    """Plain objects and numbers: nothing behind this reads a configuration file."""
+
+    config: RunConfig
+    source: Source
+    train_data: Split
+    val_data: Split | None
+    backbone: nn.Module
+    method: nn.Module  # holds the backbone
+    make_optimizer: Callable[..., Optimizer]
+    schedule: Schedule
+    evaluators: dict[str, Any]
+    make_mirror: Callable[..., Any]
+    architecture: dict[str, Any]  # the model's `_target_` and arguments, num_classes included: rebuilds it anywhere
+    preprocessing: dict[str, Any]  # what evaluation does to a picture
+    notes: list[str] = field(default_factory=list)  # choices made on the way that a person should know
+
+    @property
+    def model_name(self) -> str:
+        return self.architecture.get("name") or self.config.choices.get("model", "model")
+
+    @property
+    def data_location(self) -> str:
+        """Where the data lies, as MLflow shows it."""
+        places = [self.config.data.get(key) for key in ("root", "train", "val")]
+        return ", ".join(str(place) for place in places if place) or f"vitexp:{self.source.name}"
+
+    def gflops(self) -> float:
+        """10^9 floating point operations of one picture's forward, a multiplication and an addition counted apart."""
+        with torch.device("meta"):
+            model = build(self.architecture)
+        return forward_gflops(model, _pair(self.architecture["image_size"]), self.architecture.get("in_channels", 3))
+
+
+def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
+    """Everything a run needs, on the CPU. The weights depend on the seed alone. Raises UserError.
+
+    Without for_training the pictures to train on stay undecoded."""
+    source: Source = build(config.data["source"])
+    if config.evaluators:
+        source.require_labels()
+    cache, ranks = config.data["cache"], config.runtime.processes
+    shown = os.environ.get("RANK", "0") == "0"
+    train_data = open_split(
+        source.train,
+        build(config.augment["train"]),
+        cache=cache if for_training else "none",
+        name="train",
+        processes=ranks,
+        progress=shown,
+    )
+    evaluated_as = build(config.augment["eval"])
+    val_data = None
+    if source.val is not None and config.evaluators:
+        val_data = open_split(source.val, evaluated_as, cache=cache, name="val", processes=ranks, progress=shown)
+
+    seed_everything(config.seed)
+    architecture = model_arguments(config, num_classes=len(source.classes))
+    backbone = build(architecture)
+    notes = [*source.notices, train_data.note, *([val_data.note] if val_data is not None else [])]
+    if config.init_from is not None:
+        notes.append(str(load_weights(backbone, Path(config.init_from), head=config.stage.head)))
+    return Run(
+        config=config,
+        source=source,
+        train_data=train_data,
+        val_data=val_data,
+        backbone=backbone,
+        method=build(config.method, backbone=backbone),
+        make_optimizer=build(config.optim["optimizer"]),
+        schedule=build(config.schedule),
+        evaluators=build(config.evaluators),
+        make_mirror=build(config.tracking),
+        architecture=architecture,
+        preprocessing={
+            "image_size": list(_pair(config.model["image_size"])),
+            "mean": config.data["mean"],
+            "std": config.data["std"],
+            "channels": config.data["channels"],
+            "crop_fraction": evaluated_as.crop_fraction,
+            **evaluated_as.resized,  # interpolation and resizer
+        },
+        notes=notes,
+    )
+
+
+def model_arguments(config: RunConfig, *, num_classes: int) -> dict[str, Any]:
+    """The model's mapping with as many classes as the data has, unless model.num_classes says otherwise."""
+    wanted = config.model.get("num_classes")
+    if wanted is not None and num_classes not in (0, wanted):
+        raise UserError(f"model.num_classes={wanted}: the data has {num_classes} classes; null takes as many")
+    return {**config.model, "num_classes": num_classes if wanted is None else wanted}
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,310 @@
+"""One run from start to end. `fit` is the whole experiment: read it from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from vitexp import checkpoint, reports, run_folder, runtime
+from vitexp.config import CONFIG_NAME, RAW_NAME, RunConfig, to_yaml
+from vitexp.data.batch_transforms import normalise
+from vitexp.data.loader import eval_batches, train_batches
+from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
+from vitexp.ema import Ema
+from vitexp.errors import UserError
+from vitexp.finite import FiniteGuard
+from vitexp.horizon import Horizon, plan_horizon
+from vitexp.optim import build_optimizer, resolve_lr, set_lr
+from vitexp.run import Run, build_run
+from vitexp.signals import Interrupted, StopRequest
+from vitexp.state import State
+from vitexp.types import Batch
+
+log = logging.getLogger("vitexp")
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Starts, or goes on with, the run that the settings describe, and returns what its summary.json holds.
+
+    Raises UserError for what a person can mend and Interrupted when asked to stop; the run folder is whole either way."""
+    folder = Path(config.output_dir).expanduser().absolute()
+    with StopRequest() as stop, contextlib.ExitStack() as held:
+        accelerator = runtime.make_accelerator(
+            precision=config.runtime.precision, device=config.runtime.device, threads=config.runtime.threads
+        )
+        held.callback(accelerator.end_training)
+        if accelerator.is_main_process:
+            held.enter_context(run_folder.RunLock(folder))
+            held.enter_context(reports.log_to(folder / "train.log"))
+        try:
+            found = where_it_stands(config, folder, accelerator)
+            run = build_run(config)
+            return fit(run, folder, accelerator=accelerator, stop=stop, found=found)
+        except Exception:
+            log.debug("the run ended here", exc_info=True)  # the traceback is for train.log, not for the terminal
+            raise
+
+
+def where_it_stands(config: RunConfig, folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, the same one for every rank, or None for a run that starts; writes config.yaml.
+
+    Raises UserError when resume=must finds none, or when settings that change results differ from the first start."""
+    decided: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            decided[0] = _resume_point(config, folder)
+        except UserError as error:  # told to every rank, or the others would wait for this one
+            decided[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(decided)
+    if decided[1]:
+        raise UserError(decided[1])
+    return decided[0]
+
+
+def _resume_point(config: RunConfig, folder: Path) -> checkpoint.Checkpoint | None:
+    settings = folder / CONFIG_NAME
+    found = None if config.resume == "never" else checkpoint.resume_point(folder / "checkpoints")
+    if found is None:
+        if config.resume == "must":
+            raise UserError(f"resume=must: {folder} holds no checkpoint to go on from")
+        moved = run_folder.archive_previous(folder, spare=("train.log",))
+        if moved is not None:
+            log.info("an earlier run of this folder, without a checkpoint to go on from, is now in %s", moved)
+    elif settings.exists() and not config.allow_changes:
+        before = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        changed = checkpoint.changed_config(_comparable(before), _comparable(config.resolved))
+        if changed:
+            raise UserError(
+                f"{folder} was started with other settings: {'; '.join(changed[:4])}"
+                f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}\n"
+                "give another output_dir, or allow_changes=true to go on with the new ones"
+            )
+    run_folder.write_atomic(settings, to_yaml(config.resolved))
+    raw = {**config.raw, "output_dir": config.output_dir, "choices": config.choices}
+    run_folder.write_atomic(folder / RAW_NAME, to_yaml(raw))
+    return found
+
+
+def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in resolved.items() if key != "choices"}
+
+
+def fit(
+    run: Run,
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    found: checkpoint.Checkpoint | None,
+) -> dict[str, Any]:
+    """Trains to the end and returns the summary. Every rank runs this; only the first writes and shows."""
+    config, settings = run.config, run.config.train
+    world, rank, first = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+
+    # ---- How long: which micro-batches make each update -------------------------------------------------------------
+    batch_size = effective_batch_size(len(run.train_data), settings.batch_size, world)
+    if batch_size < settings.batch_size:
+        run.notes.append(f"train.batch_size={settings.batch_size} is more than there is: batches hold {batch_size}")
+    horizon = plan_horizon(
+        micro_batches_per_epoch(len(run.train_data), batch_size, world),
+        accumulate=settings.accumulate,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    eval_every = settings.eval_every or horizon.updates_per_epoch
+    save_every = settings.save_every or horizon.updates_per_epoch
+
+    # ---- What learns, and how ---------------------------------------------------------------------------------------
+    global_batch = batch_size * world * settings.accumulate
+    rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
+    peak_lr = resolve_lr(**rates, global_batch=global_batch)
+    grouping = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
+    run.method.to(accelerator.device)
+    optimizer = build_optimizer(run.make_optimizer, run.method, lr=peak_lr, **grouping)
+    guard = FiniteGuard(
+        optimizer, deferred=accelerator.device.type != "cpu" and accelerator.scaler is None, names=run.source.train.names
+    )
+    if config.runtime.compile:
+        run.backbone.compile()
+    method, optimizer = accelerator.prepare(run.method, optimizer)
+    parameters = [p for p in run.method.parameters() if p.requires_grad]
+    ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
+    state = State(run.method, optimizer, ema, accelerator.scaler)
+
+    # ---- Where it was -----------------------------------------------------------------------------------------------
+    if found is not None:
+        checkpoint.check_compatible(found, run.method.state_dict(), classes=run.source.classes, world_size=world)
+        state.restore(checkpoint.load(found), accelerator.device)
+
+    # ---- Books: metrics.jsonl, MLflow, the display; kept by the first rank alone ------------------------------------
+    if state.step >= horizon.num_updates and state.evaluated and (folder / "summary.json").exists():
+        return reports.already_done(folder) if first else {}
+    books: reports.Books | reports.NoBooks = reports.NoBooks()
+    if first:
+        facts = reports.facts_of(run, horizon, lr=peak_lr, global_batch=global_batch, accelerator=accelerator)
+        books = reports.Books(run, folder, horizon, facts=facts, state=state, resumed=found is not None)
+    batches = train_batches(
+        run.train_data,
+        batch_size=batch_size,
+        seed=config.seed,
+        start=horizon.micro_batches_before(state.step),
+        rank=rank,
+        world=world,
+        workers=settings.workers,
+    )
+    status = "FAILED"
+    try:
+        # Signals from here on are looked at after each step: weights and books change together or not at all.
+        stop.deferred = True
+        if not state.evaluated:  # stopped between an update and the evaluation due after it
+            evaluate(run, state, horizon, books=books, accelerator=accelerator, stop=stop)
+
+        # ---- The loop: one pass is one update -----------------------------------------------------------------------
+        while state.step < horizon.num_updates:
+            update = horizon.update(state.step)
+            lr = run.schedule(update.progress, lr=peak_lr)
+            set_lr(optimizer, lr)
+            run.method.train()
+
+            losses, indices = [], []
+            for number in range(update.num_micro_batches):
+                batch = ready(next(batches), run, accelerator.device)
+                runtime.seed_forward(config.seed, horizon.micro_batches_before(state.step) + number, rank)
+                last = number + 1 == update.num_micro_batches
+                with contextlib.nullcontext() if last else accelerator.no_sync(method):
+                    output = method(batch, update.progress)
+                    accelerator.backward(output.loss / update.num_micro_batches)
+                losses.append(output.loss.detach())
+                indices.append(batch.index)
+                for name, value in output.metrics.items():
+                    state.tally.add(name, value / update.num_micro_batches)
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+            guard.admit(state.step, loss, torch.cat(indices))
+            if settings.clip_norm is not None:
+                state.tally.add("grad_norm", accelerator.clip_grad_norm_(parameters, settings.clip_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            run.method.after_step(update.progress)
+            if ema is not None:
+                ema.update(state.step)
+            state.tally.add("loss", loss)
+            state.tally.updates += 1
+            state.step += 1
+            books.stepped(state.step)
+
+            # ---- What is due after it -------------------------------------------------------------------------------
+            ended = state.step == horizon.num_updates
+            state.evaluated = not (ended or state.step % eval_every == 0)
+            if ended or state.step % settings.log_every == 0:
+                guard.look()
+                books.trained(horizon.progress(state.step), state.tally.means(prefix="train/") | {"train/lr": lr})
+            asked = stop_asked(stop, accelerator)
+            if not state.evaluated and not asked:
+                try:
+                    evaluate(run, state, horizon, books=books, accelerator=accelerator, stop=stop)
+                except Interrupted as stopped:
+                    asked = stopped.signum
+            if ended or asked or state.step % save_every == 0:
+                guard.look()
+                guard.check_weights(parameters, state.step)
+                books.save(state, keep=settings.keep, world=world)
+                accelerator.wait_for_everyone()
+            if asked:
+                raise Interrupted(asked)
+
+        # ---- The end ------------------------------------------------------------------------------------------------
+        summary = books.finish(state)
+        status = "FINISHED"
+        return summary
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        stop.deferred = False
+        books.close(status)
+
+
+def ready(batch: Batch, run: Run, device: torch.device) -> Batch:
+    """The batch on the device, its uint8 pictures normalised there: a quarter of the bytes travel."""
+    images = batch.images.to(device, non_blocking=True)
+    images = normalise(images, run.preprocessing["mean"], run.preprocessing["std"])
+    return replace(batch, images=images, targets=batch.targets.to(device, non_blocking=True))
+
+
+def evaluate(
+    run: Run,
+    state: State,
+    horizon: Horizon,
+    *,
+    books: reports.Books | reports.NoBooks,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """Measures the validation split with the weights, and with their average where there is one, and records it."""
+    with books.pause():
+        metrics, arrays = measure(run, "val", accelerator=accelerator, stop=stop)
+        if state.ema is not None:
+            with state.ema.swapped_in():
+                metrics |= measure(run, "val_ema", accelerator=accelerator, stop=stop)[0]
+        state.evaluated = True
+        if metrics:
+            if metrics.get("val/top1", -1.0) > state.best.get("best/val/top1", -1.0):
+                state.best = {"best/step": state.step, **{f"best/{name}": value for name, value in metrics.items()}}
+                books.export(metrics, filename="model_best.safetensors")
+            books.evaluated(horizon.progress(state.step), metrics, arrays)
+
+
+def measure(
+    run: Run, prefix: str, *, accelerator: Accelerator, stop: StopRequest | None = None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the evaluators find on the validation split with the backbone as it is, named `<prefix>/<name>`.
+
+    Raises Interrupted when stop has been asked for in the midst."""
+    metrics: dict[str, float] = {}
+    arrays: dict[str, Any] = {}
+    if run.val_data is None:
+        return metrics, arrays
+    for evaluator in run.evaluators.values():
+        batches: Iterable[Batch] = eval_batches(
+            run.val_data,
+            batch_size=run.config.train.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=run.config.train.workers,
+        )
+        if stop is not None and accelerator.num_processes == 1:
+            # Several ranks meet after their own share: one that left early would leave the others waiting.
+            batches = _until_stopped(batches, stop)
+        on_device = (ready(batch, run, accelerator.device) for batch in batches)
+        found = evaluator(run.backbone, on_device, accelerator, run.source.classes)
+        metrics |= {f"{prefix}/{name}": value for name, value in found.metrics.items()}
+        arrays |= {f"{prefix}/{name}": value for name, value in found.arrays.items()}
+    return metrics, arrays
+
+
+def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+    for batch in batches:
+        stop.check()
+        yield batch
+
+
+def stop_asked(stop: StopRequest, accelerator: Accelerator) -> int | None:
+    """The signal that any rank has received, on every rank, or None."""
+    asked = stop.signum
+    if accelerator.num_processes > 1:
+        shared = torch.tensor(asked or 0, device=accelerator.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        asked = int(shared) or None
+    return asked
