@@ -199,7 +199,7 @@ def test_a_real_terminal_is_recognised():
         seen = b""
         while not seen.endswith(b"\n"):
             seen += os.read(master, 1 << 16)
-        assert b"3/3" in seen
+        assert b"| 3/3" in seen
     os.close(master)
 
 

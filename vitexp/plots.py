@@ -41,7 +41,7 @@ _MAX_POINTS = 2000  # a curve has fewer pixels than that
 def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Loss, accuracy and learning rate over update steps, epochs on the top axis, from the rows of metrics.jsonl.
 
-    Draws every metric named `<part>/loss`, `<part>/top…` or accuracy, and `<part>/lr`, except those under `perf/`;
+    Draws every metric named `<part>/loss`, `<part>/top…` or accuracy, and `<part>/lr`;
     a panel without a value is left out. Values that are not finite leave a gap."""
     panels = [
         (title, found)
@@ -193,7 +193,7 @@ def _series(
     for row in rows:
         for name, value in row.items():
             part, _, last = name.rpartition("/")
-            if part and part != "perf" and belongs(last) and isinstance(value, (int, float)):
+            if part and belongs(last) and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((row["step"], value))
     result = {}
     for name, points in found.items():

@@ -165,16 +165,16 @@ class _Sink:
             return len(text)
         try:
             self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        except Exception as error:  # whatever a stream thinks of: closed, broken pipe, full disk, a notebook's own
-            self._drop(error)
+        except Exception:  # whatever a stream thinks of: closed, broken pipe, full disk, a notebook's own
+            self._stream = None
         return len(text)
 
     def flush(self) -> None:
         if self._stream is not None:
             try:
                 self._stream.flush()
-            except Exception as error:
-                self._drop(error)
+            except Exception:
+                self._stream = None
 
     def _has_room(self) -> bool:
         """False where writing would wait: a pipe nobody reads, a terminal stopped with Ctrl-S. Left out, not kept."""
@@ -182,16 +182,6 @@ class _Sink:
             return bool(select.select([], [self.fileno()], [], 0)[1])
         except Exception:  # no descriptor (a notebook), or one that select cannot take (Windows, above 1023)
             return True
-
-    def _drop(self, error: Exception) -> None:
-        """Stop writing. A broken standard error is pointed at the null device, for Python flushes what is left in it
-        at exit and would turn a finished run's exit code into 120."""
-        stream, self._stream = self._stream, None
-        if isinstance(error, BrokenPipeError) and stream is sys.stderr:
-            with contextlib.suppress(Exception):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
 
 
 def _bar(sink: _Sink, total: int, start: int) -> Any:

@@ -168,7 +168,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _build(architecture: Mapping[str, Any], path: Path) -> nn.Module:
-    """The untrained model that `architecture` names. Only public classes and functions of vitexp.models are called."""
+    """The untrained model that `architecture` names. Only public classes of vitexp.models are called."""
     arguments = dict(architecture)
     target = arguments.pop("_target_", None)
     refused = UserError(f"{path}: architecture _target_={target!r} is not a model of vitexp.models")
@@ -180,20 +180,15 @@ def _build(architecture: Mapping[str, Any], path: Path) -> nn.Module:
     except (ImportError, AttributeError):
         raise refused from None
     # A module's own imports are its attributes, too: what counts is where the thing was made.
-    if not (inspect.isclass(constructor) or inspect.isfunction(constructor)) or constructor.__module__ != module:
-        raise refused
-    if inspect.isclass(constructor) and not issubclass(constructor, nn.Module):
+    if not inspect.isclass(constructor) or not issubclass(constructor, nn.Module) or constructor.__module__ != module:
         raise refused
     parameters = inspect.signature(constructor).parameters
     if "pretrained" in parameters:
         arguments["pretrained"] = False  # its weights are replaced by the run's: nothing is downloaded for them
     try:
-        model = constructor(**arguments)
+        return constructor(**arguments)
     except (TypeError, ValueError) as error:  # a misspelt argument; what the model itself refuses
         raise UserError(f"{path}: architecture: {_one_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise refused
-    return model
 
 
 def _fill(model: nn.Module, path: Path) -> None:
