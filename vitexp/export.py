@@ -37,7 +37,7 @@ def export_model(
 ) -> Path:
     """Writes `filename` and its description, `model.json` for `model.safetensors`; returns the path of the weights.
 
-    `architecture` is the model's resolved config: `_target_`, a class in vitexp.models, and its arguments with num_classes.
+    `architecture` is the model's resolved config: `_target_`, a class in vitexp.models, and all of its arguments.
     Each file appears whole or not at all, and the description holds the checksum of the weights: should a run be
     killed between the two, `load_run` refuses the pair. Raises UserError when a file cannot be written."""
     assert filename.endswith(".safetensors"), filename
