@@ -281,6 +281,18 @@ def test_an_outage_neither_slows_training_nor_loses_or_doubles_a_point(root: Pat
     assert "Training goes on" in notices[0]
 
 
+def test_a_batch_that_a_server_works_off_twice_is_kept_once(root: Path, proxy: Proxy) -> None:
+    run_dir = root / "r"
+    mirror = start(run_dir, root, uri=proxy.uri)
+    log_rows(run_dir, range(10))
+    wait_for(lambda: mirror._store["rows"] == 10)
+    assert mirror._session is not None
+    # As a request does that hung, was sent again, and was answered both times after all.
+    mirror._session.send(tracking.journal.read(run_dir / "metrics.jsonl"))
+    assert mirror.close()
+    assert_each_point_once(proxy.uri, mirror.run_id, range(10))
+
+
 def test_a_server_that_comes_up_after_the_start_gets_everything(root: Path, server_port: int) -> None:
     run_dir, late, notices = root / "r", free_port(), []
     mirror = start(run_dir, root, uri=f"http://127.0.0.1:{late}", notify=notices.append)

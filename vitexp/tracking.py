@@ -751,9 +751,10 @@ def deliver(run_dir: Path, *, uri: str | None = None) -> Delivery:
     Doing it twice changes nothing. `uri` names another store than the run's own. A run that died without saying so
     becomes KILLED; one still going keeps its status. UserError when there is no run or the store does not answer."""
     run_dir = Path(run_dir).expanduser().resolve()
-    record = _Record.load(run_dir)
-    if record is None:
+    found = _Record.load(run_dir)
+    if found is None:
         raise UserError(f"run={run_dir} holds no {RECORD_NAME}: it is not the folder of a run")
+    record = found
     if uri is None and (record.uri is None or "***" in record.uri):
         why = "made with tracking=none" if record.uri is None else f"whose store's password is not kept ({record.uri})"
         raise UserError(f"run={run_dir} is a run {why}; give uri=sqlite:///outputs/mlflow.db or a server's address")
