@@ -52,6 +52,9 @@ BAD = {
     "model._target_=os.system": ("model._target_=os.system", "not allowed"),
     "optim": ("optim", "key=value"),
     "optim.lr=[1": ("optim.lr=[1", "inner quotes"),
+    "schedule.warmup_steps=5 schedule.warmup_epochs=1": ("schedule.warmup_epochs=1 schedule.warmup_steps=5", "one"),
+    "optim.no_decay=mae_pretran": ("optim.no_decay=mae_pretran", "'mae_pretrain'"),
+    "optim.no_decay.tokens=false": ("optim.no_decay.tokens", "'optim.no_decay.token'"),
     "train.epochs=null train.max_steps=null": ("train.epochs=null", "give one"),
     "train.epochs=${train.epochs}": ("train.epochs", ""),
 }
@@ -65,6 +68,12 @@ def test_a_mistake_is_named_with_what_is_allowed(overrides: str) -> None:
     for word in BAD[overrides]:
         assert word in text, text
     assert len(text.splitlines()) <= 3, text
+
+
+def test_the_sets_without_decay_are_those_of_optim() -> None:
+    from vitexp.optim import NO_DECAY
+
+    assert tuple(NO_DECAY) == checks.NO_DECAY_SETS
 
 
 HOSTILE = [

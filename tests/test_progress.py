@@ -107,15 +107,15 @@ def test_a_resumed_run_shows_its_place_and_no_borrowed_speed():
     assert "0:10 left" in out.getvalue()
 
 
-def test_an_evaluation_is_one_line_and_does_not_count_as_slow_steps():
+def test_a_line_is_shown_at_once_and_a_pause_does_not_count_as_slow_steps():
     out = io.StringIO()
     display = Display(total=100, stream=out)
     display.step(50)
     display._shown_at -= 1  # 50 steps in a second
     with display.pause():
         time.sleep(0.3)
-    display.evaluated({"step": 50, "epoch": 2.5, "val/top1": 0.93021, "val/loss": 0.25, "perf/time_s": 17e8})
-    assert out.getvalue() == "step 50/100  epoch 2.50  val/top1 0.9302  val/loss 0.2500\n"
+    display.line("step 50  val/top1 93.02 %")
+    assert out.getvalue() == "step 50  val/top1 93.02 %\n"
     display._draw()
     assert 48 < display._rate < 51
 

@@ -93,7 +93,7 @@ RANGES: dict[str, Allowed] = {
     "schedule.warmup_start_lr": Allowed(0),
     "schedule.min_lr": Allowed(0),
     "data.flip": FRACTION,
-    "data.val_fraction": Allowed(0, 1, above=True),
+    "data.val_fraction": Allowed(0, 0.99),
     "model.depth": COUNT,
     "model.embed_dim": COUNT,
     "model.num_heads": COUNT,
@@ -114,6 +114,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "stage.head": ("auto", "keep", "fresh"),
     "data.cache": ("auto", "memory", "none"),
 }
+NO_DECAY_SETS = ("default", "none", "mae_pretrain", "mae_finetune", "deit", "big_vision", "timm")
 PATHS = ("run", "init_from", "data.root", "data.train", "data.val")
 
 
@@ -145,6 +146,15 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
             )
         if key not in RANGES and key not in CHOICES:
             _check_kind(key, value, usual.get(key))
+    rules = _select(config, "optim.no_decay")
+    if isinstance(rules, str) and rules not in NO_DECAY_SETS:
+        sets = ", ".join(NO_DECAY_SETS)
+        raise UserError(f"optim.no_decay={rules}: expected one of {sets}.{nearest(rules, NO_DECAY_SETS)}")
+    for phase in ("warmup", "decay"):
+        units = [f"schedule.{phase}_{unit}" for unit in ("epochs", "steps", "fraction")]
+        given = [f"{unit}={_select(config, unit)}" for unit in units if _select(config, unit) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' '.join(given)}: give one of them, and null for the other")
     for key in PATHS:
         value = _select(config, key)
         if isinstance(value, str):
@@ -256,7 +266,7 @@ def _check_arguments(key: str, node: dict[str, Any], raw: Any) -> None:
             raise UserError(f"{key}.{name}: only _target_ and _partial_ are understood beside a component's arguments")
         if name not in names and not takes_any:
             raise UserError(
-                f"{key}.{name}: {target} takes no argument {name!r}.{nearest(name, names)}\nit takes: {', '.join(names)}"
+                f"{key}.{name}: {target} takes no argument {name!r}.{nearest(name, names)}\nit takes {', '.join(names)}"
             )
         annotation = annotations.get(name)
         if f"{key}.{name}" == "model.num_classes" and value is None:
@@ -293,17 +303,30 @@ def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str]
     found = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"}
     if name not in found:
         raise UserError(f"{key}={module_name}.{name}: {module_name} defines no {name!r}.{nearest(name, found)}")
-    node = found[name]
+    node, aliases = found[name], _Aliases(tree)
     if isinstance(node, ast.ClassDef):
         function = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if function is None:
-            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
-            annotated = {n.target.id: n.annotation for n in fields if isinstance(n.target, ast.Name)}
+            fields = [
+                n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)
+            ]
+            annotated = {n.target.id: aliases.visit(n.annotation) for n in fields if isinstance(n.target, ast.Name)}
             return list(annotated), annotated, False
         node = function
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    annotated = {a.arg: a.annotation for a in arguments if a.annotation is not None}
+    annotated = {a.arg: aliases.visit(a.annotation) for a in arguments if a.annotation is not None}
     return [a.arg for a in arguments if a.arg != "self"], annotated, node.args.kwarg is not None
+
+
+class _Aliases(ast.NodeTransformer):
+    """Puts what `Pool = Literal["cls", "mean"]` stands for in the place of `Pool`."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        plain = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Subscript | ast.BinOp)]
+        self.meaning = {n.targets[0].id: n.value for n in plain if isinstance(n.targets[0], ast.Name)}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.meaning.get(node.id, node)
 
 
 def _import(module_name: str, name: str, target: str, key: str) -> Any:

@@ -1,6 +1,6 @@
 """The command line: python -m vitexp [command] [overrides]; train when no command is named.
 
-Nothing heavy is imported here: not even Hydra for --help. torch, timm and MLflow come in when there is something to run.
+Nothing heavy is imported here, not even Hydra for --help; torch, timm and MLflow come in when there is work.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from vitexp import checks
 from vitexp.config_paths import conf_dir, config_groups
@@ -115,7 +115,7 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 
 
 def compose_and_check(overrides: list[str], config_dir: str | None = None) -> RunConfig:
-    """The settings of one run from its overrides. Raises UserError naming the key at fault, before anything is built."""
+    """The settings of one run from its overrides. Raises UserError naming the key at fault, before building."""
     register_resolvers()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
@@ -131,8 +131,7 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
                 f"{choice.key_or_group} has: {', '.join(known)}"
             )
     base = _compose([o.input_line or "" for o in choices], config_dir)
-    defaults = OmegaConf.to_container(base, resolve=False)
-    assert isinstance(defaults, dict)
+    defaults = _plain(base, resolve=False)
     del defaults["hydra"]
     known = _all_keys(defaults, groups)
     for override in parsed:
@@ -141,7 +140,9 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
             continue
         if key not in known:
             level = key.rpartition(".")[0]
-            siblings = sorted(k for k in known if k.rpartition(".")[0] == level) or sorted(k for k in known if "." not in k)
+            siblings = sorted(k for k in known if k.rpartition(".")[0] == level) or sorted(
+                k for k in known if "." not in k
+            )
             raise UserError(
                 f"{override.input_line}: no such key {key!r}.{nearest(key, known)}\n"
                 f"{level or 'top level'} has: {', '.join(k.rpartition('.')[2] for k in siblings)}"
@@ -183,15 +184,15 @@ def _all_keys(node: Any, groups: dict[str, list[str]], prefix: str = "") -> set[
 def check(config: DictConfig, *, choices: dict[str, str], defaults: dict[str, Any]) -> RunConfig:
     """The settings of one run, resolved and typed. Raises UserError before any data or model is touched."""
     config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    raw = OmegaConf.to_container(config, resolve=False)
-    _check_missing(config)
+    raw = _plain(config, resolve=False)
+    for key, value in checks.leaves(raw):
+        if value == "???":
+            raise UserError(f"{key}: has no value yet; give {key}=…")
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except InterpolationResolutionError as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    except OmegaConfBaseException as error:
-        raise UserError("\n".join(str(error).splitlines()[:3])) from None
-    assert isinstance(resolved, dict) and isinstance(raw, dict)
+        resolved = _plain(config, resolve=True)
+    except OmegaConfBaseException as error:  # an interpolation that goes round in circles or names nothing
+        lines = [line.strip() for line in str(error).splitlines() if "object_type" not in line]
+        raise UserError("\n".join(lines[:3])) from None
     resolved["choices"] = choices
     return _check_resolved(resolved, raw=raw, defaults=defaults)
 
@@ -219,13 +220,14 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
         raise UserError(
             f"stage={resolved['stage']['name']}: needs init_from=<run folder or weights file> to start from"
         )
-    typed = {group: kind(**resolved[group]) for group, kind in TYPED.items()}
-    return RunConfig(**{**{key: resolved[key] for key in names}, **typed}, resolved=resolved, raw=raw)
+    typed: dict[str, Any] = {group: kind(**resolved[group]) for group, kind in TYPED.items()}
+    return RunConfig(**({key: resolved[key] for key in names} | typed), resolved=resolved, raw=raw)
 
 
-def _check_missing(config: DictConfig) -> None:
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{key}: has no value yet; give {key}=…")
+def _plain(config: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    tree: Any = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(tree, dict)
+    return tree
 
 
 def to_yaml(tree: dict[str, Any]) -> str:
@@ -266,10 +268,15 @@ def reload(run_dir: Path, overrides: list[str]) -> RunConfig:
 
 
 def build(node: dict[str, Any], **given: Any) -> Any:
-    """The component a `_target_` mapping describes, its nested ones included, with arguments that only exist at run time.
+    """The component a `_target_` mapping describes, its nested ones included, with arguments known only at run time.
 
     check() has seen the mapping: the target is allowed and takes these arguments."""
-    return _plain_partials(instantiate(node, _convert_="all", **given))
+    try:
+        return _plain_partials(instantiate(node, _convert_="all", **given))
+    except HydraException as error:
+        if isinstance(error.__cause__, UserError):  # what the component itself has to say, such as a missing class
+            raise error.__cause__ from None
+        raise
 
 
 def _plain_partials(built: Any) -> Any:

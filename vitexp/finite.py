@@ -27,7 +27,7 @@ class FiniteGuard:
         self._losses: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, picture numbers) not looked at yet
 
     def admit(self, step: int, loss: Tensor, index: Tensor) -> None:
-        """Raises UserError, or sees to it that the optimizer changes nothing, when the loss of any rank is not finite."""
+        """Raises UserError, or sees to it that the optimizer changes nothing, when any rank's loss is not finite."""
         finite = torch.isfinite(loss)
         if dist.is_initialized() and dist.get_world_size() > 1:
             shared = finite.to(torch.int32)

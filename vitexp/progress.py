@@ -21,8 +21,8 @@ Values = Mapping[str, float]
 class Display:
     """Progress of one run on standard error: steps, time left, and the latest `train/loss`, `train/lr`, images/s.
 
-    `step` is called after every update and looks at the clock only; `log` when there are new numbers; `evaluated` after
-    an evaluation. With `enabled=False` (every rank but the first) nothing happens.
+    `step` is called after every update and looks at the clock only; `log` when there are new numbers; `line` for
+    what is to be read at once. With `enabled=False` (every rank but the first) nothing happens.
     Use it in a `with` block, or call `close`."""
 
     def __init__(
@@ -56,12 +56,6 @@ class Display:
         """The numbers to show from now on, named as in metrics.jsonl, as floats or as a function that gives them.
         The function is called when something is drawn, so that a device is waited for only then."""
         self._values = values
-
-    def evaluated(self, row: Values) -> None:
-        """A line with the metrics of an evaluation, whose names hold a slash."""
-        metrics = [f"{name} {value:.4f}" for name, value in row.items() if "/" in name and not name.startswith("perf/")]
-        place = [f"step {self._done}/{self.total}"] + ([f"epoch {row['epoch']:.2f}"] if "epoch" in row else [])
-        self.line("  ".join(place + metrics))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

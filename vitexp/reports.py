@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from vitexp import checkpoint, journal, plots, tracking
 from vitexp.costs import count_parameters
@@ -31,6 +30,7 @@ from vitexp.types import Progress
 log = logging.getLogger("vitexp")
 
 OUTPUTS = Path("outputs")  # MLflow's default database lies here, so that all runs started from one place compare
+PICTURES_EVERY_S = 60.0
 VERSIONS = ("vitexp", "torch", "torchvision", "timm", "accelerate", "hydra-core", "mlflow", "numpy")
 
 
@@ -100,12 +100,15 @@ class Books(NoBooks):
         self, run: Run, folder: Path, horizon: Horizon, *, facts: dict[str, Any], state: State, resumed: bool
     ) -> None:
         self.run, self.folder, self.facts = run, folder, facts
+        self._check_space(state)
         self.journal = journal.Journal(folder / tracking.JOURNAL_NAME)
         # Rows beyond the checkpoint come again; so does an evaluation that was interrupted right after it.
         redone = None if state.evaluated else state.step
         self.journal.truncate_after(state.step, also=lambda row: row["step"] == redone and "train/loss" not in row)
         rows = journal.read(self.journal.path) if self.journal.path.exists() else []
         self.last_metrics = next((_metrics(row) for row in reversed(rows) if "train/loss" not in row), {})
+        self.shown: dict[str, Any] = {}
+        self.drawn_at = time.monotonic()
         self.speed = Speedometer(facts["global_batch"], state.step)
         self.mirror = run.make_mirror(
             folder,
@@ -125,6 +128,14 @@ class Books(NoBooks):
         self.mirror.wait_imported()
         self.display = to_person.display = Display(total=horizon.num_updates, start=state.step)
 
+    def _check_space(self, state: State) -> None:
+        """Refuses at the start what could not be saved later: keep + 1 checkpoints of weights and momentum at least."""
+        folder = self.folder / "checkpoints"
+        keep = self.run.config.train.keep
+        there = len(list(folder.glob("step_*")))
+        copies = max(keep + 1 - there, 1) if keep else 1
+        checkpoint.check_space(folder, 2 * checkpoint.state_bytes(state.method.state_dict()), copies=copies)
+
     def stepped(self, step: int) -> None:
         self.speed.step = step
         self.display.step(step)
@@ -136,12 +147,17 @@ class Books(NoBooks):
         self._row(at, metrics)
         self.last_metrics = metrics
         log.info("step %d  epoch %.2f  %s", at.step, at.epoch, _said(metrics))
-        if "val/confusion" in arrays:
-            (self.folder / "plots").mkdir(exist_ok=True)
-            plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, self.folder / "plots/confusion.png")
+        # A picture takes a quarter of a second: the last ones always, those on the way now and then.
+        if at.step == self.facts["total_steps"] or time.monotonic() - self.drawn_at > PICTURES_EVERY_S:
+            self.drawn_at = time.monotonic()
+            plots.curves(journal.read(self.journal.path), self.folder / "plots" / "curves.png")
+            if "val/confusion" in arrays:
+                path = self.folder / "plots" / "confusion.png"
+                plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, path)
 
     def _row(self, at: Progress, metrics: dict[str, float]) -> None:
-        self.display.log(self.journal.append({"step": at.step, "epoch": at.epoch, **metrics}))
+        self.shown |= self.journal.append({"step": at.step, "epoch": at.epoch, **metrics})
+        self.display.log(self.shown)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -173,8 +189,8 @@ class Books(NoBooks):
         """Leaves the weights, summary.json and curves, and hands everything to MLflow. Returns the summary."""
         self.export(self.last_metrics, filename="model.safetensors")
         rows = journal.read(self.journal.path)
-        (self.folder / "plots").mkdir(exist_ok=True)
-        plots.curves(rows, self.folder / "plots" / "curves.png")
+        if not self.last_metrics:  # never evaluated, so never drawn
+            plots.curves(rows, self.folder / "plots" / "curves.png")
         trained = next((_metrics(row) for row in reversed(rows) if "train/loss" in row), {})
         source = self.run.source
         summary = {
@@ -278,7 +294,9 @@ class Speedometer:
 
 def farewell(folder: Path, summary: dict[str, Any], ui_line: str) -> None:
     """The result, on standard output: what a script or a person looks for at the end."""
-    lines = [f"result      {_said({k: v for k, v in summary.items() if k in ('val/top1', 'val/loss', 'val_ema/top1')})}"]
+    lines = [
+        f"result      {_said({k: v for k, v in summary.items() if k in ('val/top1', 'val/loss', 'val_ema/top1')})}"
+    ]
     lines = lines if lines[0].strip() != "result" else [f"result      {summary['step']} updates made"]
     lines += [f"run folder  {folder}", f"curves      {folder / 'plots' / 'curves.png'}"]
     if ui_line:
@@ -290,12 +308,16 @@ def farewell(folder: Path, summary: dict[str, Any], ui_line: str) -> None:
 def already_done(folder: Path) -> dict[str, Any]:
     """The summary of a run that has nothing left to do."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    log.info("already finished: %s updates; give a larger train.max_steps or another output_dir to go on", summary["step"])
+    log.info(
+        "already finished: %s updates; give a larger train.max_steps or another output_dir to go on", summary["step"]
+    )
     farewell(folder, summary, "")
     return summary
 
 
-def facts_of(run: Run, horizon: Horizon, *, lr: float, global_batch: int, accelerator: Accelerator) -> dict[str, Any]:
+def facts_of(
+    run: Run, horizon: Horizon, *, lr: float, global_batch: int, precision: str, device: str, processes: int
+) -> dict[str, Any]:
     """What was resolved for this run: sizes, learning rate, lengths. Keys of summary.json and MLflow params."""
     return {
         "parameters": count_parameters(run.backbone),
@@ -303,9 +325,9 @@ def facts_of(run: Run, horizon: Horizon, *, lr: float, global_batch: int, accele
         "lr": lr,
         "global_batch": global_batch,
         "total_steps": horizon.num_updates,
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "device": accelerator.device.type,
-        "processes": accelerator.num_processes,
+        "precision": {"no": "fp32"}.get(precision, precision),
+        "device": device,
+        "processes": processes,
         "threads": torch.get_num_threads(),
     }
 

@@ -20,6 +20,7 @@ from vitexp.errors import UserError
 from vitexp.models.weights import load_weights
 from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
+from vitexp.types import Method
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Run:
     train_data: Split
     val_data: Split | None
     backbone: nn.Module
-    method: nn.Module  # holds the backbone
+    method: Method  # holds the backbone
     make_optimizer: Callable[..., Optimizer]
     schedule: Schedule
     evaluators: dict[str, Any]

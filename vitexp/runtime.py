@@ -59,7 +59,7 @@ def has_amx() -> bool:
 def seed_everything(seed: int) -> None:
     """For what happens once, such as drawing initial weights."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  third-party augmentation draws from it
     torch.manual_seed(seed)
 
 
@@ -67,7 +67,7 @@ def seed_forward(seed: int, micro_batch: int, rank: int) -> None:
     """Dropout, drop path and mixing of one forward depend on its position alone, so a resumed run repeats them."""
     derived = derive_seed(seed, micro_batch, rank, 0xF0)
     random.seed(derived)
-    np.random.seed(derived % 2**32)
+    np.random.seed(derived % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(derived)  # torch.manual_seed costs ten times as much
     if torch.cuda.is_available():
         torch.cuda.manual_seed(derived)

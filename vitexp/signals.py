@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remembers the first signal while the loop runs, and raises at once outside it. The second Ctrl-C leaves at once."""
+    """Remembers the first signal while the loop runs, raises at once outside it. A second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None

@@ -36,18 +36,15 @@ log = logging.getLogger("vitexp")
 def train(config: RunConfig) -> dict[str, Any]:
     """Starts, or goes on with, the run that the settings describe, and returns what its summary.json holds.
 
-    Raises UserError for what a person can mend and Interrupted when asked to stop; the run folder is whole either way."""
+    Raises UserError for what a person can mend and Interrupted when asked to stop. The run folder is whole then."""
     folder = Path(config.output_dir).expanduser().absolute()
     with StopRequest() as stop, contextlib.ExitStack() as held:
         accelerator = runtime.make_accelerator(
             precision=config.runtime.precision, device=config.runtime.device, threads=config.runtime.threads
         )
         held.callback(accelerator.end_training)
-        if accelerator.is_main_process:
-            held.enter_context(run_folder.RunLock(folder))
-            held.enter_context(reports.log_to(folder / "train.log"))
         try:
-            found = where_it_stands(config, folder, accelerator)
+            found = where_it_stands(config, folder, accelerator, held)
             run = build_run(config)
             return fit(run, folder, accelerator=accelerator, stop=stop, found=found)
         except Exception:
@@ -55,13 +52,18 @@ def train(config: RunConfig) -> dict[str, Any]:
             raise
 
 
-def where_it_stands(config: RunConfig, folder: Path, accelerator: Accelerator) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, the same one for every rank, or None for a run that starts; writes config.yaml.
+def where_it_stands(
+    config: RunConfig, folder: Path, accelerator: Accelerator, held: contextlib.ExitStack
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, the same one for every rank, or None for a run that starts.
 
-    Raises UserError when resume=must finds none, or when settings that change results differ from the first start."""
+    The first rank takes the folder for itself, until `held` is closed, and writes config.yaml. Raises UserError when
+    another process has it, when resume=must finds nothing, or when settings that change results differ."""
     decided: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
+            held.enter_context(run_folder.RunLock(folder))
+            held.enter_context(reports.log_to(folder / "train.log"))
             decided[0] = _resume_point(config, folder)
         except UserError as error:  # told to every rank, or the others would wait for this one
             decided[1] = str(error)
@@ -133,7 +135,9 @@ def fit(
     run.method.to(accelerator.device)
     optimizer = build_optimizer(run.make_optimizer, run.method, lr=peak_lr, **grouping)
     guard = FiniteGuard(
-        optimizer, deferred=accelerator.device.type != "cpu" and accelerator.scaler is None, names=run.source.train.names
+        optimizer,
+        deferred=accelerator.device.type != "cpu" and accelerator.scaler is None,
+        names=run.source.train.names,
     )
     if config.runtime.compile:
         run.backbone.compile()
@@ -152,7 +156,15 @@ def fit(
         return reports.already_done(folder) if first else {}
     books: reports.Books | reports.NoBooks = reports.NoBooks()
     if first:
-        facts = reports.facts_of(run, horizon, lr=peak_lr, global_batch=global_batch, accelerator=accelerator)
+        facts = reports.facts_of(
+            run,
+            horizon,
+            lr=peak_lr,
+            global_batch=global_batch,
+            precision=accelerator.mixed_precision,
+            device=accelerator.device.type,
+            processes=world,
+        )
         books = reports.Books(run, folder, horizon, facts=facts, state=state, resumed=found is not None)
     batches = train_batches(
         run.train_data,
@@ -193,7 +205,9 @@ def fit(
 
             guard.admit(state.step, loss, torch.cat(indices))
             if settings.clip_norm is not None:
-                state.tally.add("grad_norm", accelerator.clip_grad_norm_(parameters, settings.clip_norm))
+                norm = accelerator.clip_grad_norm_(parameters, settings.clip_norm)
+                if norm is not None:
+                    state.tally.add("grad_norm", norm)
             optimizer.step()
             optimizer.zero_grad()
             run.method.after_step(update.progress)

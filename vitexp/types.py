@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,18 @@ class StepOutput:
 
     loss: Tensor  # scalar, mean over the batch
     metrics: dict[str, Tensor] = field(default_factory=dict)  # detached scalars on the device; never .item() here
+
+
+class Method(nn.Module):
+    """A learning objective around one backbone: batch in, loss out. Knows no optimizer, device, file or config."""
+
+    backbone: nn.Module
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        raise NotImplementedError
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after every update; a teacher would move here."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m vitexp evaluate run=<run folder>` or `evaluate init_from=<weights> model=…`: measures the validation split."""
+"""`python -m vitexp evaluate run=<run folder>`, or `init_from=<weights> model=…`: measures the validation split."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
     try:
         run = build_run(config, for_training=False)
         if run.val_data is None:
-            raise UserError(f"data={run.source.name}: has no validation split, or evaluators=none leaves nothing to measure")
+            raise UserError(
+                f"data={run.source.name}: has no validation split, or evaluators=none leaves nothing to measure"
+            )
         if run_dir is not None:
             trained = load_run(run_dir, weights=weights)
             if trained.classes != run.source.classes:

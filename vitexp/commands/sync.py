@@ -19,7 +19,7 @@ def sync(run_dir: Path | str, uri: str | None = None) -> str:
 
 
 def main(arguments: list[str], config_dir: str | None) -> int:
-    given = dict(text.partition("=")[::2] for text in arguments)
+    given = {name: value for name, _, value in (text.partition("=") for text in arguments)}
     unknown = sorted(set(given) - {"run", "uri"})
     if unknown or not given.get("run"):
         raise UserError("usage: python -m vitexp sync run=<run folder> [uri=<tracking store>]")

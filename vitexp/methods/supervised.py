@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from vitexp.losses import classification_loss
-from vitexp.types import Batch, Progress, StepOutput
+from vitexp.types import Batch, Method, Progress, StepOutput
 
 
-class Supervised(nn.Module):
-    """A learning objective around one backbone: batch in, loss out. Knows no optimizer, device, file or config."""
+class Supervised(Method):
+    """Cross entropy of the backbone's logits with the class, or with a mixture of classes."""
 
     def __init__(self, backbone: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -21,6 +21,3 @@ class Supervised(nn.Module):
         loss = classification_loss(logits, batch.targets, label_smoothing=self.label_smoothing)
         hard = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(1)
         return StepOutput(loss, {"top1": (logits.detach().argmax(1) == hard).float().mean()})
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing follows an update here; a teacher would move now."""

@@ -12,6 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from timm.layers import LayerScale
@@ -23,11 +24,12 @@ from vitexp.models.checks import divides, flag, fraction, height_width, one_of, 
 from vitexp.models.layers import ATTENTION_PATHS, Block, PatchEmbed
 from vitexp.types import Features
 
-POOLS = ("cls", "mean")
-NORMS = ("before_pool", "after_pool")
-GELUS = ("erf", "tanh")
-POSITION_EMBEDDINGS = ("learned",)
-INITS = ("jax", "timm")
+Pool = Literal["cls", "mean"]
+NormPlace = Literal["before_pool", "after_pool"]
+Gelu = Literal["erf", "tanh"]
+PositionEmbedding = Literal["learned"]
+Init = Literal["jax", "timm"]
+AttentionPath = Literal["auto", "fused", "explicit"]
 
 # Standard deviation of a new head's weights; biases are zero. zero: ViT appendix B.1.1. timm: its default.
 # mae_finetune and mae_linear_probe: what the MAE code draws for these two stages.
@@ -57,21 +59,21 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         class_token: bool = True,
-        pool: str = "cls",
-        norm: str = "before_pool",
+        pool: Pool = "cls",
+        norm: NormPlace = "before_pool",
         representation_dim: int | None = None,
-        gelu: str = "erf",
+        gelu: Gelu = "erf",
         norm_eps: float = 1e-6,
         qkv_bias: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        position_embedding: str = "learned",
-        attention: str = "auto",
+        position_embedding: PositionEmbedding = "learned",
+        attention: AttentionPath = "auto",
         attention_scale: float | None = None,
         gradient_checkpointing: bool = False,
-        init: str = "jax",
+        init: Init = "jax",
     ) -> None:
         super().__init__()
         # ---- what was asked for, checked -------------------------------------------------------------------------
@@ -90,11 +92,11 @@ class VisionTransformer(nn.Module):
         if int(self.embed_dim * positive("model.mlp_ratio", mlp_ratio)) < 1:
             raise UserError(f"model.mlp_ratio={mlp_ratio} leaves no hidden unit of model.embed_dim={embed_dim}")
         self.num_classes = whole("model.num_classes", num_classes, at_least=0)
-        self.pool = one_of("model.pool", pool, POOLS)
-        self.norm_place = one_of("model.norm", norm, NORMS)
-        self.position_embedding = one_of("model.position_embedding", position_embedding, POSITION_EMBEDDINGS)
-        self.init = one_of("model.init", init, INITS)
-        self.gelu = one_of("model.gelu", gelu, GELUS)
+        self.pool = one_of("model.pool", pool, get_args(Pool))
+        self.norm_place = one_of("model.norm", norm, get_args(NormPlace))
+        self.position_embedding = one_of("model.position_embedding", position_embedding, get_args(PositionEmbedding))
+        self.init = one_of("model.init", init, get_args(Init))
+        self.gelu = one_of("model.gelu", gelu, get_args(Gelu))
         self.gradient_checkpointing = flag("model.gradient_checkpointing", gradient_checkpointing)
         if not flag("model.class_token", class_token) and self.pool == "cls":
             raise UserError("model.pool=cls needs the class token; set model.class_token=true or model.pool=mean")

@@ -1,0 +1,88 @@
+"""Every shipped YAML file composes, passes the checks and builds; every experiment runs two steps."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from vitexp.config import build, compose_and_check
+from vitexp.config_paths import conf_dir, config_groups
+
+OPTIONS = [f"{group}={name}" for group, names in config_groups().items() for name in names]
+GROUPS = ("stage", "method", "model", "optim", "schedule", "data", "augment", "evaluators", "runtime", "tracking")
+# What an option needs before it can run at all.
+NEEDS = {
+    "stage=finetune": lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))],
+    "data=folder": lambda folder: [f"data.root={folder}"],
+    "data=parquet": lambda folder: [f"data.train={_file(folder / 'train.parquet')}"],
+}
+
+
+def _file(path: Path) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+def test_the_files_are_found() -> None:
+    assert len(OPTIONS) == len(list(conf_dir().rglob("*.yaml"))) - 1  # config.yaml is no option
+    assert len(OPTIONS) > 40
+    assert {option.partition("=")[0] for option in OPTIONS} == {*GROUPS, "experiment", "debug"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_composes_and_passes_the_checks(option: str, tmp_path: Path) -> None:
+    needs = NEEDS.get(option, lambda folder: [])(tmp_path)
+    config = compose_and_check([option, *needs])
+    assert config.choices[option.partition("=")[0]] == option.partition("=")[2]
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("model=")])
+def test_a_model_builds_on_the_meta_device_with_a_class_head(option: str) -> None:
+    config = compose_and_check([option])
+    with torch.device("meta"):
+        model = build({**config.model, "num_classes": 7})
+        size = config.model["image_size"]
+        assert isinstance(model, nn.Module)
+        assert model(torch.empty(2, config.model["in_channels"], size, size)).shape == (2, 7)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS if o.split("=")[0] in ("optim", "schedule", "tracking", "augment")]
+)
+def test_a_component_takes_the_arguments_its_file_gives(option: str) -> None:
+    config = compose_and_check([option])
+    built = [build(config.optim["optimizer"]), build(config.schedule), build(config.tracking)]
+    built += [build(config.augment["train"]), build(config.augment["eval"])]
+    for part in built:
+        if isinstance(part, partial):
+            inspect.signature(part.func).bind_partial(*part.args, **part.keywords)
+
+
+@pytest.mark.parametrize("path", sorted(conf_dir().glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("python -m vitexp experiment=" in line for line in header), "the command"
+    assert any("Source:" in line for line in header), "the source"
+    assert yaml.safe_load(text)["name"]
+
+
+@pytest.mark.parametrize("name", config_groups()["experiment"])
+def test_an_experiment_runs_two_steps(name: str, workdir: Path) -> None:
+    from vitexp.train import train
+
+    config = compose_and_check([f"experiment={name}", "debug=fast", "output_dir=run"])
+    train(config)
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    assert any("val/top1" in row for row in rows)
+    assert Path("run/model.safetensors").is_file()
