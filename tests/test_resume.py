@@ -204,9 +204,12 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
     from vitexp.train import train
 
-    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "train.workers=0", "train.save_every=1", "train.clip_norm=null"]
+    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "train.workers=0", "train.clip_norm=null", "optim=sgd"]
+    with pytest.raises(UserError, match="weights are not finite after step 2: not saved"):
+        train(compose_and_check([*settings, "optim.lr=1e30", "schedule=constant"]))
+    settings += ["train.save_every=100", "resume=never", "schedule=constant"]
     with pytest.raises(UserError, match=r"train/loss is (nan|inf) at step \d+: stopped before the weights") as error:
-        train(compose_and_check([*settings, "optim=sgd", "optim.lr=1e30", "schedule=constant"]))
+        train(compose_and_check([*settings, "optim.lr=1e30"]))
     assert "pictures of this step: " in str(error.value)
     kept = [torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
     for state in kept:
