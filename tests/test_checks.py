@@ -128,6 +128,15 @@ def test_own_packages_are_named_in_the_environment(monkeypatch: pytest.MonkeyPat
     checks.check_components(node, node)
 
 
+def test_a_tracking_address_that_is_no_store_is_named_before_anything_is_read() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vitexp", "tracking.uri=./mlruns"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "vitexp: tracking.uri=./mlruns" in done.stderr
+    assert not any(line.rstrip().endswith((" timm", " mlflow")) for line in done.stderr.splitlines())
+
+
 def test_a_typo_is_answered_on_the_command_line_in_seconds_without_torch() -> None:
     started = time.monotonic()
     done = subprocess.run(

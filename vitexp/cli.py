@@ -10,15 +10,20 @@ import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitexp import __version__
 from vitexp.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from vitexp.config import RunConfig
 
 COMMANDS = {
     "train": "train, evaluate, save and track one run (when no command is named)",
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
     "plan": "parameters, GFLOPs, steps and learning rates of a run, without training it",
+    "predict": "class of every picture in a folder (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -65,10 +70,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    from vitexp.config import compose_and_check, request_of
+    from vitexp.config import request_of
     from vitexp.launch import ranks_given, run_in_processes
 
-    config = compose_and_check(overrides, config_dir)
+    config = _checked(overrides, config_dir)
     if ranks_given():
         if not any(text.startswith("output_dir=") for text in overrides):
             raise UserError("output_dir: give it when another launcher starts the ranks, so that all of them share one")
@@ -86,28 +91,34 @@ def _hydra(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from vitexp.config import check, compose_and_check, register_resolvers, request_of
+    from vitexp.config import check, register_resolvers, request_of
     from vitexp.config_paths import conf_dir
     from vitexp.launch import complain, run_in_processes
 
     rest = list(arguments)
     config_dir = _take_option(rest, "--config-dir", "-cd")
+    swept: list[str] = []
     if "--multirun" in rest or "-m" in rest:
-        for job in one_of_each([text for text in rest if not text.startswith("-")]):
-            compose_and_check(job, config_dir)
-    register_resolvers()
+        axes = sweep_axes([text for text in rest if not text.startswith("-")])
+        swept = [values[0].partition("=")[0] for values in axes if len(values) > 1]
+        # Jobs that together show every value of every axis once: enough to find each typo, however large the sweep.
+        for values in itertools.zip_longest(*axes):
+            _checked([value or axis[0] for value, axis in zip(values, axes, strict=True)], config_dir)
+    register_resolvers(swept)
     failed: list[tuple[str, int]] = []
     sweep_process = os.getpid()
 
     def job(config: DictConfig) -> None:
         place = HydraConfig.get()
         config.output_dir = place.runtime.output_dir
+        overrides = ", ".join(place.overrides.task)
+        print(f"\n== job {place.job.num}: {overrides}", file=sys.stderr, flush=True)
         settings = check(config, choices={str(k): str(v) for k, v in place.runtime.choices.items()}, defaults={})
         code = run_in_processes(request_of(settings), processes=settings.runtime.processes)
         if code in (130, 143):
             raise SystemExit(code)
         if code:
-            failed.append((", ".join(place.overrides.task), code))
+            failed.append((overrides, code))
             if os.getpid() != sweep_process:  # a parallel launcher learns of a failure only by an exception
                 raise RuntimeError(f"the run ended with exit code {code}")
 
@@ -118,19 +129,26 @@ def _hydra(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def one_of_each(overrides: list[str]) -> Iterator[list[str]]:
-    """Jobs that together show every value of every axis of a sweep once: enough to find each typo, however large."""
+def _checked(overrides: list[str], config_dir: str | None) -> RunConfig:
+    from vitexp.config import compose_and_check
+    from vitexp.tracking import resolve_uri
+
+    config = compose_and_check(overrides, config_dir)
+    resolve_uri(config.tracking.get("uri"), Path("outputs"))
+    return config
+
+
+def sweep_axes(overrides: list[str]) -> list[list[str]]:
+    """Each override as the list of those it stands for in a sweep: `optim=adam,sgd` as two, a plain one as itself."""
     from vitexp.config import parse_overrides
 
     axes = []
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         if override.is_discrete_sweep():
-            key = text.partition("=")[0]
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            axes.append([f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()])
         else:
             axes.append([text])
-    for values in itertools.zip_longest(*axes):
-        yield [value or axis[0] for value, axis in zip(values, axes, strict=True)]
+    return axes
 
 
 def _take_option(arguments: list[str], *names: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,19 @@ CONFIG_NAME, RAW_NAME = "config.yaml", "config.interpolated.yaml"  # in a run fo
 TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig}
 
 
-def register_resolvers() -> None:
-    """`${sweep_slug:}`: a short folder name for a sweep's job, the same for the same overrides in any order."""
-    OmegaConf.register_new_resolver("sweep_slug", _sweep_slug, replace=True)
+def register_resolvers(swept: Collection[str] = ()) -> None:
+    """`${sweep_slug:}`: a short folder name for a sweep's job, the same for the same overrides in any order.
 
+    It is made of the values of the `swept` keys, where they are known, and a hash of all overrides."""
 
-def _sweep_slug(*, _root_: DictConfig) -> str:
-    overrides = sorted(_root_.hydra.overrides.task)
-    words = "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", text.split("=", 1)[-1]) for text in overrides)[:60].strip("-_")
-    return f"{words}-{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:6]}"
+    def sweep_slug(*, _root_: DictConfig) -> str:
+        overrides = sorted(_root_.hydra.overrides.task)
+        named = [text for text in overrides if text.partition("=")[0] in swept] or overrides
+        pairs = [text.partition("=") for text in named]
+        words = [re.sub(r"[^A-Za-z0-9.]+", "-", f"{k.rpartition('.')[2]}-{v}").strip("-") for k, _, v in pairs]
+        return f"{'_'.join(words)[:60]}-{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:6]}"
+
+    OmegaConf.register_new_resolver("sweep_slug", sweep_slug, replace=True)
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:

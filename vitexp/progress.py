@@ -57,6 +57,11 @@ class Display:
         The function is called when something is drawn, so that a device is waited for only then."""
         self._values = values
 
+    def busy(self, text: str) -> None:
+        """What is being done between steps, such as `evaluating 64/360`; shown now and then, as steps are."""
+        if time.monotonic() >= self._due:
+            self._draw(instead=text)
+
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Around an evaluation or a save: its time is no slow training in what is said of the time left."""
@@ -95,7 +100,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _draw(self) -> None:
+    def _draw(self, instead: str = "") -> None:
         assert self._out is not None
         now = time.monotonic()
         elapsed, steps = now - self._shown_at, self._done - self._shown
@@ -105,7 +110,7 @@ class Display:
             self._rate = recent if self._rate is None else (1 - weight) * self._rate + weight * recent
         self._shown, self._shown_at = self._done, now
         values = self._values() if callable(self._values) else self._values
-        words = self._words(values)
+        words = [instead] if instead else self._words(values)
         if self._bar is not None:
             self._bar.n, self._bar.ncols = self._done, self._out.columns()
             self._bar.set_postfix_str("  ".join(words), refresh=False)
