@@ -26,6 +26,8 @@ OWN_COMPONENTS = (
     *(f"vitexp.{place}." for place in ("models", "methods", "optimizers", "schedules", "evaluators")),
     "vitexp.data.sources.",
     "vitexp.data.transforms.",
+    "vitexp.data.augmentations.",
+    "vitexp.mixing.",
     "vitexp.tracking.Mirror",
     "vitexp.tracking.NoMirror",
 )

@@ -17,6 +17,7 @@ from vitexp.costs import forward_gflops
 from vitexp.data.images import Source
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
+from vitexp.mixing import BatchStep
 from vitexp.models.weights import load_weights
 from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
@@ -31,6 +32,7 @@ class Run:
     source: Source
     train_data: Split
     val_data: Split | None
+    mix: BatchStep | None  # erasing and mixing of a training batch on the device
     backbone: nn.Module
     method: Method  # holds the backbone
     make_optimizer: Callable[..., Optimizer]
@@ -80,6 +82,13 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     if source.val is not None and config.evaluators:
         val_data = open_split(source.val, evaluated_as, cache=cache, name="val", processes=ranks, progress=shown)
 
+    mix = None if config.augment["batch"] is None else build(config.augment["batch"])
+    smoothing = config.method.get("label_smoothing"), config.augment.get("label_smoothing")
+    if mix is not None and all(smoothing):
+        raise UserError(
+            "method.label_smoothing={}, augment.label_smoothing={}: both smooth; set one to 0".format(*smoothing)
+        )
+
     seed_everything(config.seed)
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
@@ -91,6 +100,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         source=source,
         train_data=train_data,
         val_data=val_data,
+        mix=mix,
         backbone=backbone,
         method=build(config.method, backbone=backbone),
         make_optimizer=build(config.optim["optimizer"]),

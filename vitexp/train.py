@@ -26,6 +26,7 @@ from vitexp.finite import FiniteGuard
 from vitexp.horizon import Horizon, plan_horizon
 from vitexp.optim import build_optimizer, resolve_lr, set_lr
 from vitexp.run import Run, build_run
+from vitexp.seeding import derive_seed
 from vitexp.signals import Interrupted, StopRequest
 from vitexp.state import State
 from vitexp.types import Batch
@@ -191,8 +192,12 @@ def fit(
 
             losses, indices = [], []
             for number in range(update.num_micro_batches):
+                position = horizon.micro_batches_before(state.step) + number
                 batch = ready(next(batches), run, accelerator.device)
-                runtime.seed_forward(config.seed, horizon.micro_batches_before(state.step) + number, rank)
+                if run.mix is not None:
+                    seed = derive_seed(config.seed, position, rank, 0x313)
+                    batch = run.mix(batch, num_classes=run.architecture["num_classes"], seed=seed)
+                runtime.seed_forward(config.seed, position, rank)
                 last = number + 1 == update.num_micro_batches
                 with contextlib.nullcontext() if last else accelerator.no_sync(method):
                     output = method(batch, update.progress)
