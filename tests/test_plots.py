@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitexp.plots import confusion_matrix, curves, picture_grid
+from vitexp.plots import attention, confusion_matrix, curves, picture_grid, position_similarity
 
 
 def journal(count: int) -> list[dict]:
@@ -102,6 +102,60 @@ def test_a_picture_grid_shows_the_pixels_as_they_are(tmp_path):
 def test_a_picture_grid_is_of_sane_size(tmp_path, shape):
     images = np.full(shape, 90, np.uint8)
     shown(picture_grid(images, ["a long class name, with more words"] * shape[0], tmp_path / "grid.png"))
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (14, 14), (4, 16), (40, 40)])
+def test_position_similarity_is_of_sane_size(tmp_path, grid):
+    table = np.random.default_rng(0).standard_normal((grid[0] * grid[1], 16))
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    shown(position_similarity((unit @ unit.T).reshape(*grid, *grid), tmp_path / "positions.png"))
+
+
+def test_position_similarity_shows_each_patch_its_own_place(tmp_path):
+    alike = np.eye(16).reshape(4, 4, 4, 4) * 2 - 1  # 1 with itself, -1 with all others
+    picture = shown(position_similarity(alike, tmp_path / "positions.png"))
+    yellow = (np.abs(picture.astype(int) - [253, 231, 37]) < 6).all(axis=2)[:, :-60]  # without the scale at the right
+    rows, columns = np.nonzero(yellow)
+    assert len(rows) > 16 * 50
+    # Patch (i, j) lights cell (i, j) of tile (i, j): sixteen blocks, in four distinct stretches of rows and columns.
+    for places in (rows, columns):
+        assert (np.diff(np.unique(places)) > 1).sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "heads"),
+    [
+        ((1, 3, 8, 8), (2, 2), 1),
+        ((5, 3, 224, 224), (14, 14), 16),
+        ((3, 1, 32, 64), (4, 8), 3),
+        ((2, 3, 96, 32), (6, 2), 6),
+    ],
+)
+def test_attention_is_of_sane_size(tmp_path, shape, grid, heads):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, shape, dtype=np.uint8)
+    titles = ["a class with a long name", "金鱼", "$x$", "", "ship"][: shape[0]]
+    maps, rollout = rng.random((shape[0], heads, *grid)), rng.random((shape[0], *grid))
+    shown(attention(images, maps, rollout, titles, tmp_path / "attention.png"))
+    shown(attention(images, maps * 0, rollout * 0, titles, tmp_path / "nothing.png"))
+
+
+def test_a_rollout_lights_the_patches_it_is_of(tmp_path):
+    red = np.zeros((1, 3, 64, 64), np.uint8)
+    red[:, 0] = 255
+    rollout = np.zeros((1, 4, 4))
+    rollout[0, 0, 3] = 1
+    picture = shown(attention(red, np.ones((1, 1, 4, 4)), rollout, ["x"], tmp_path / "attention.png")).astype(int)
+    pure = (picture[..., 1] < 10) & (picture[..., 2] < 10)
+    picture[..., 0][~pure] = 0
+    columns = np.flatnonzero(pure.sum(axis=0) > 50)  # of the picture and of its lit copy
+    rows = np.flatnonzero(pure[:, columns[0]])
+    gap = np.flatnonzero(np.diff(columns) > 1)
+    assert len(gap) == 1
+    lit = picture[rows[0] : rows[-1] + 1, columns[gap[0] + 1] : columns[-1] + 1, 0]
+    half = lit.shape[0] // 2
+    assert lit[:half, half:].max() > 240
+    assert max(lit[half:].max(), lit[:, : half - 5].max()) < 60
 
 
 def test_pictures_can_be_drawn_in_threads(tmp_path):

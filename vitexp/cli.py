@@ -23,7 +23,7 @@ COMMANDS = {
     "train": "train, evaluate, save and track one run (when no command is named)",
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
     "plan": "parameters, GFLOPs, steps and learning rates of a run, without training it",
-    "predict": "class of every picture in a folder (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
+    "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -31,6 +31,7 @@ EXAMPLES = (
     ("python -m vitexp model=vit_huge optim=adam schedule=linear_warmup", "any model, optimizer and schedule"),
     ("python -m vitexp --multirun optim=adam,sgd seed=0,1,2", "a sweep, compared in the MLflow UI"),
     ("python -m vitexp data=folder data.root=pictures model=vit_tiny", "your own pictures, one folder a class"),
+    ("python -m vitexp predict run=outputs/… input=photos output=photos.csv", "a row a picture, by a finished run"),
     ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
 )
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--multirun", "-m")

@@ -9,7 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ import numpy as np
 import torch
 
 from vitexp import checkpoint, journal, plots, tracking
+from vitexp.attention_maps import attention_maps, has_attention_maps, position_similarity
+from vitexp.config import CONFIG_NAME, RAW_NAME
 from vitexp.costs import count_parameters
+from vitexp.data.batch_transforms import normalise
+from vitexp.data.loader import train_batches
+from vitexp.data.sampler import Position
+from vitexp.errors import UserError
 from vitexp.export import export_model
 from vitexp.horizon import Horizon
 from vitexp.progress import Display
 from vitexp.run import Run
 from vitexp.run_folder import write_atomic
+from vitexp.seeding import derive_seed
 from vitexp.state import State
 from vitexp.types import Progress
 
@@ -31,6 +39,9 @@ log = logging.getLogger("vitexp")
 
 OUTPUTS = Path("outputs")  # MLflow's default database lies here, so that all runs started from one place compare
 PICTURES_EVERY_S = 60.0
+INPUTS_SHOWN, ATTENDED = 24, 5  # pictures in inputs.png and in attention.png
+MIXED = 0.1  # share of a class in a mixed picture from which on it is named: above what label smoothing gives
+LARGE_WEIGHTS = 10**9  # bytes; such checkpoints take longer than a person waits without a word
 VERSIONS = ("vitexp", "torch", "torchvision", "timm", "accelerate", "hydra-core", "mlflow", "numpy")
 
 
@@ -83,6 +94,8 @@ class NoBooks:
     def pause(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def evaluating(self, done: int, of: int) -> None: ...
+
     def export(self, metrics: dict[str, float], *, filename: str) -> None: ...
 
     def save(self, state: State, *, keep: int, world: int) -> None: ...
@@ -123,7 +136,7 @@ class Books(NoBooks):
                 profile=run.source.profile(),
             ),
         )
-        self.mirror.artifacts(["config.yaml"])
+        self.mirror.artifacts([CONFIG_NAME, RAW_NAME])
         self._introduce(horizon, resumed_at=state.step if resumed else None)
         self.mirror.wait_imported()
         self.display = to_person.display = Display(total=horizon.num_updates, start=state.step)
@@ -155,6 +168,9 @@ class Books(NoBooks):
                 path = self.folder / "plots" / "confusion.png"
                 plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, path)
 
+    def evaluating(self, done: int, of: int) -> None:
+        self.display.busy(f"evaluating {done}/{of}")
+
     def _row(self, at: Progress, metrics: dict[str, float]) -> None:
         self.shown |= self.journal.append({"step": at.step, "epoch": at.epoch, **metrics})
         self.display.log(self.shown)
@@ -181,6 +197,8 @@ class Books(NoBooks):
     def save(self, state: State, *, keep: int, world: int) -> None:
         with self.pause():
             self.journal.flush(fsync=True)  # its rows up to this step must outlive what the checkpoint outlives
+            if checkpoint.state_bytes(state.method.state_dict()) > LARGE_WEIGHTS:
+                log.info("saving step %d: a large checkpoint, this takes a while", state.step)
             content = state.to_checkpoint() | {"classes": self.run.source.classes, "world_size": world}
             path = checkpoint.save(self.folder / "checkpoints", content, step=state.step, keep=keep)
             log.debug("saved %s", path)
@@ -208,7 +226,11 @@ class Books(NoBooks):
             "git": tracking.git_state(Path.cwd()),
         }
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        left = ["config.yaml", "summary.json", "plots"]
+        try:
+            draw_pictures(self.run, self.folder / "plots")
+        except (UserError, torch.OutOfMemoryError) as error:  # no reason to call a finished run failed
+            log.warning("not all of %s is drawn: %s", self.folder / "plots", error)
+        left = [CONFIG_NAME, RAW_NAME, "summary.json", "plots"]
         if self.run.config.train.log_weights:
             best = "model_best" if (self.folder / "model_best.safetensors").exists() else "model"
             left += [f"{best}.safetensors", f"{best}.json"]
@@ -258,6 +280,53 @@ class Books(NoBooks):
             log.info("resumed     after step %d", resumed_at)
         log.debug("command: %s", " ".join(sys.argv))
         log.debug("%s, pid %d, seed %d", versions(), os.getpid(), run.config.seed)
+
+
+def draw_pictures(run: Run, folder: Path) -> None:
+    """What the model was shown and made of it: inputs.png, and of a ViT positions.png and attention.png.
+
+    The inputs are the first of the run, augmented and mixed as training does, in pixels again."""
+    mean, std = run.preprocessing["mean"], run.preprocessing["std"]
+    device = next(run.backbone.parameters()).device
+    shown = next(train_batches(run.train_data, batch_size=INPUTS_SHOWN, seed=run.config.seed, workers=0))
+    mix = getattr(run, "mix", None)
+    if mix is not None:
+        seed = derive_seed(run.config.seed, 0)
+        shown = replace(shown, images=normalise(shown.images, mean, std))
+        shown = mix(shown, num_classes=run.architecture["num_classes"], seed=seed)
+        shown = replace(shown, images=_pixels(shown.images, mean, std))
+    classes = run.source.classes
+    titles = [_class_words(target, classes) for target in shown.targets] if classes else None
+    plots.picture_grid(shown.images, titles, folder / "inputs.png")
+
+    similarity = position_similarity(run.backbone)
+    if similarity is not None:
+        plots.position_similarity(similarity.numpy(), folder / "positions.png")
+    if has_attention_maps(run.backbone):
+        looked_at = run.val_data if run.val_data is not None else run.train_data
+        spread = np.linspace(0, len(looked_at) - 1, min(len(looked_at), ATTENDED)).round().astype(np.int64)
+        pictures, labels = looked_at.fetch(Position(seed=run.config.seed, epoch=0, index=spread))
+        maps = attention_maps(run.backbone, normalise(torch.from_numpy(pictures).to(device), mean, std))
+        titles = [classes[label] if classes and label >= 0 else "" for label in labels]
+        plots.attention(pictures, maps.last.numpy(), maps.rollout.numpy(), titles, folder / "attention.png")
+
+
+def _pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 pictures from normalised ones; what erasing and such put beyond black and white is cut off."""
+    means, stds = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (mean, std))
+    return ((images * stds + means) * 255).round().clamp(0, 255).byte().cpu()
+
+
+def _class_words(target: torch.Tensor, classes: list[str]) -> str:
+    """The class of a number or of a row of shares; two where a picture is mixed of two, empty for none."""
+    if target.ndim == 0:
+        return classes[int(target)] if target >= 0 else ""
+    best = target.topk(min(2, len(classes)))
+    return " + ".join(
+        classes[number]
+        for share, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        if share > MIXED
+    )
 
 
 class Speedometer:

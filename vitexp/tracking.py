@@ -20,6 +20,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -35,7 +36,9 @@ from vitexp.errors import UserError
 RECORD_NAME = "tracking.json"
 JOURNAL_NAME = "metrics.jsonl"
 # What `sync` sends of a run that was killed before it could name its files itself.
-USUAL_ARTIFACTS = ("config.yaml", "summary.json", "model.json", "model.safetensors", "plots")
+USUAL_ARTIFACTS = (
+    "config.yaml", "config.interpolated.yaml", "summary.json", "model.json", "model.safetensors", "plots",
+)  # fmt: skip
 
 POLL_S = 1.0  # how far MLflow's curves lag behind training
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
@@ -798,6 +801,49 @@ def deliver(run_dir: Path, *, uri: str | None = None) -> Delivery:
             f"Nothing is lost; try again when it answers."
         ) from error
     return Delivery(without_password(target), session.run_id, position, len(due), record.status)
+
+
+def run_id_of(name: str) -> str | None:
+    """The id in `mlflow:<run id>` or `runs:/<run id>`; None for anything else, such as a folder."""
+    found = re.fullmatch(r"(?:mlflow:|runs:/)([^/]+)/?", name)
+    return found[1] if found else None
+
+
+def fetch(
+    run_id: str, *, root: Path, uri: str | None = None, weights: str | None = None, needed: Iterable[str] = ()
+) -> tuple[Path, str]:
+    """`<root>/from_mlflow/<run id>` with the run's settings and weights from its artifacts, and the weights' file name.
+
+    Taken are `weights`, or else the best ones the run has, with their description, and what of config.yaml and
+    config.interpolated.yaml there is. UserError when the store does not answer, knows no such run, or the run lacks
+    the weights or what is `needed`."""
+    store = resolve_uri(uri, root)
+    path, shown = _sqlite_path(store), without_password(store)
+    if path is not None and not path.exists():  # opening would make an empty one
+        raise UserError(f"run=mlflow:{run_id}: there is no MLflow store {path}; give uri=<tracking store>")
+    folder = Path(root) / "from_mlflow" / run_id
+    try:
+        _import_mlflow(store)
+        client = _open_client(store)
+        if _find_run(client, run_id) is None:
+            raise UserError(f"run=mlflow:{run_id}: MLflow at {shown} has no such run; give uri= if it is in another")
+        there = {entry.path for entry in client.list_artifacts(run_id)}
+        best = "model_best.safetensors" if "model_best.safetensors" in there else "model.safetensors"
+        weights = best if weights is None else weights
+        for name in (weights, str(Path(weights).with_suffix(".json")), *needed):
+            if name not in there:
+                has = ", ".join(sorted(there)) or "no artifacts"
+                raise UserError(f"run=mlflow:{run_id}: the run has no artifact {name}; it has {has}")
+        wanted = {weights, str(Path(weights).with_suffix(".json")), "config.yaml", "config.interpolated.yaml"} & there
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched.") as beside:
+            for name in sorted(wanted):
+                os.replace(client.download_artifacts(run_id, name, beside), folder / name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"run=mlflow:{run_id}: cannot be fetched from MLflow at {shown}: {_one_line(error)}") from error
+    return folder, weights
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,7 @@
-"""`python -m vitexp evaluate run=<run folder>`, or `init_from=<weights> model=…`: measures the validation split."""
+"""`python -m vitexp evaluate run=<run>`, or `init_from=<weights> model=…`: measures the validation split.
+
+`run` is a run folder, or mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri; then evaluation.json goes beside
+what was fetched of it."""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vitexp.config import RunConfig, compose_and_check, reload
+from vitexp import tracking
+from vitexp.commands.predict import store_of_training
+from vitexp.config import RAW_NAME, RunConfig, compose_and_check, reload
 from vitexp.errors import UserError
 
 
@@ -16,9 +21,17 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     weights = [text.partition("=")[2] for text in arguments if text.startswith("weights=")]
     rest = [text for text in arguments if not text.startswith(("run=", "weights="))]
     if named:
-        folder = Path(named[-1]).expanduser()
+        folder, file = Path(named[-1]).expanduser(), weights[-1] if weights else None
+        run_id = tracking.run_id_of(named[-1])
+        if run_id is not None:
+            from vitexp.reports import OUTPUTS
+
+            uris = [text.partition("=")[2] for text in rest if text.startswith(("uri=", "tracking.uri="))]
+            rest = [text for text in rest if not text.startswith(("uri=", "tracking.uri="))]
+            uri = uris[-1] if uris else store_of_training()
+            folder, file = tracking.fetch(run_id, root=OUTPUTS, uri=uri, weights=file, needed=[RAW_NAME])
         config = reload(folder, rest)
-        found = evaluate(config, run_dir=folder, weights=weights[-1] if weights else "model.safetensors")
+        found = evaluate(config, run_dir=folder, weights=file or "model.safetensors")
         place = folder
     else:
         config = compose_and_check(rest, config_dir)
