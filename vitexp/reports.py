@@ -289,11 +289,10 @@ def draw_pictures(run: Run, folder: Path) -> None:
     mean, std = run.preprocessing["mean"], run.preprocessing["std"]
     device = next(run.backbone.parameters()).device
     shown = next(train_batches(run.train_data, batch_size=INPUTS_SHOWN, seed=run.config.seed, workers=0))
-    mix = getattr(run, "mix", None)
-    if mix is not None:
+    if run.mix is not None:
         seed = derive_seed(run.config.seed, 0)
         shown = replace(shown, images=normalise(shown.images, mean, std))
-        shown = mix(shown, num_classes=run.architecture["num_classes"], seed=seed)
+        shown = run.mix(shown, num_classes=run.architecture["num_classes"], seed=seed)
         shown = replace(shown, images=_pixels(shown.images, mean, std))
     classes = run.source.classes
     titles = [_class_words(target, classes) for target in shown.targets] if classes else None

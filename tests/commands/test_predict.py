@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from vitexp import cli, load_run, reports, tracking
 from vitexp.commands import evaluate, predict
 from vitexp.config import compose_and_check
+from vitexp.data.loader import train_batches
 from vitexp.errors import BadImage, UserError
+from vitexp.run import build_run
 from vitexp.train import train
 
 SETTINGS = [
@@ -279,6 +282,26 @@ def test_a_picture_that_cannot_be_drawn_does_not_make_a_finished_run_fail(workdi
     assert summary["step"] == 2
     assert "cat.jpg: gone" in (workdir / "train.log").read_text()
     assert (workdir / "plots" / "curves.png").exists()
+
+
+def test_the_inputs_drawn_are_the_runs_first_as_the_model_gets_them(workdir, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        reports.plots, "picture_grid", lambda images, titles, path: shown.update({path.parent: (images, titles)})
+    )
+    for augment in ("light", "deit"):
+        run = build_run(compose_and_check([*SETTINGS, f"augment={augment}", "tracking=none", "data.cache=none"]))
+        reports.draw_pictures(run, workdir / augment)
+        first = next(train_batches(run.train_data, batch_size=32, seed=run.config.seed, workers=0))
+        images, titles = shown[workdir / augment]
+        assert images.shape == (24, 3, 32, 32)
+        assert images.dtype == torch.uint8
+        if augment == "light":
+            assert torch.equal(images, first.images[:24])
+            assert titles == [run.source.classes[target] for target in first.targets[:24]]
+        else:
+            assert not torch.equal(images, first.images[:24])
+            assert any(" + " in title for title in titles)
 
 
 @pytest.mark.parametrize("form", ["mlflow:{}", "runs:/{}"])
