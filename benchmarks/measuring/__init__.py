@@ -1,0 +1,86 @@
+"""Side-by-side timing: contenders take turns in one process, and ratios are taken within a turn.
+
+Other load on the machine slows a whole turn down, so it cancels in the ratio. With one thread the processor's clock is
+read, which does not run while another process has the core; with more threads only the wall clock tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+
+import torch
+
+from vitexp.runtime import has_amx
+
+Clock = Callable[[], float]
+Times = dict[str, list[float]]  # seconds of each turn, in the order of the turns
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """What every script here takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a few turns: does it run? Its figures say little")
+    made.add_argument("--rounds", type=int, default=None, help="turns of every contender")
+    made.add_argument("--threads", type=int, default=1, help="of torch; more than one needs --wall")
+    made.add_argument("--wall", action="store_true", help="the wall clock, for a machine that does nothing else")
+    return made
+
+
+def start(arguments: argparse.Namespace) -> Clock:
+    """The clock asked for, after setting the threads and printing what the figures depend on."""
+    if arguments.threads > 1 and not arguments.wall:
+        raise SystemExit("--threads above 1 needs --wall: the processor's clock adds the threads up")
+    torch.set_num_threads(arguments.threads)
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "pillow"))
+    print(f"{os.cpu_count()} cores ({platform.machine()}), AMX bf16: {'yes' if has_amx() else 'no'}, load {load}")
+    print(f"Python {platform.python_version()}, {packages}")
+    threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
+    print(f"{threads}, {'wall' if arguments.wall else 'processor'} clock{', quick' if arguments.quick else ''}\n")
+    return time.perf_counter if arguments.wall else time.process_time
+
+
+def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, clock: Clock) -> Times:
+    """Every contender once a round, each round beginning with another one; one round before is not counted."""
+    names, times = list(contenders), {name: [] for name in contenders}
+    for name in names:
+        contenders[name]()
+    for turn in range(rounds):
+        for k in range(len(names)):
+            name = names[(turn + k) % len(names)]
+            began = clock()
+            contenders[name]()
+            times[name].append(clock() - began)
+    return times
+
+
+def ratio(times: Times, *, ours: str, theirs: str) -> float:
+    """How many times as fast ours is: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(times[ours], times[theirs], strict=True))
+
+
+def spread(times: Times, *, ours: str, theirs: str) -> str:
+    """`1.91 (1.85-1.97)`: the median ratio and the middle half of the rounds."""
+    each = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
+    low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return f"{statistics.median(each):.2f} ({low:.2f}-{high:.2f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows under their header, the first column to the left."""
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        print("| " + " | ".join(cells) + " |")
+
+
+def verdict(reached: float, goal: float) -> str:
+    """`>= 1.9 reached` or `>= 1.9 missed`"""
+    return f">= {goal:g} {'reached' if reached >= goal else 'missed'}"
