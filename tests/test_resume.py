@@ -183,6 +183,15 @@ def test_resume_must_and_never_and_changed_settings(tmp_path: Path) -> None:
     assert train(compose_and_check([*short, "train.max_steps=6"]))["step"] == 6
     changed = train(compose_and_check([*short, "train.max_steps=8", "optim.base_lr=0.002", "allow_changes=true"]))
     assert changed["step"] == 8
+    other = tmp_path / "other"  # never got as far as a checkpoint: starts again in its place, or is set aside
+    other.mkdir()
+    (other / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    (other / "metrics.jsonl").write_text('{"step": 2, "epoch": 0.1, "train/loss": 1.0}\n')
+    again = [*short, "optim.base_lr=0.002", f"output_dir={other}"]
+    train(compose_and_check(again))
+    assert not (other / "previous").exists()
+    assert journal.read(other / "metrics.jsonl")[0]["step"] == 2
+    assert journal.read(other / "metrics.jsonl")[0]["train/loss"] != 1.0
     before = (folder / "metrics.jsonl").read_bytes()
     assert train(compose_and_check([*short, "resume=never"]))["step"] == 4
     assert (folder / "previous" / "1" / "metrics.jsonl").read_bytes() == before, "nothing is lost"
@@ -214,3 +223,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> N
     kept = [torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
     for state in kept:
         assert all(bool(torch.isfinite(t).all()) for t in state["model"].values())
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same_and_its_files_fit(tmp_path: Path) -> None:
+    from vitexp.train import train
+
+    plain = [
+        *RUN,
+        "train.workers=0",
+        "runtime.precision=fp32",
+        "train.max_steps=6",
+        "model.dropout=0",
+        "model.drop_path=0",
+    ]
+    eager = train(compose_and_check([*plain, f"output_dir={tmp_path / 'eager'}"]))
+    compiled = train(compose_and_check([*plain, f"output_dir={tmp_path / 'compiled'}", "runtime.compile=true"]))
+    assert compiled["val/loss"] == pytest.approx(eager["val/loss"], rel=1e-3)
+    assert final_state(tmp_path / "compiled")["model"].keys() == final_state(tmp_path / "eager")["model"].keys()

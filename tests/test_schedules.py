@@ -13,6 +13,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from vitexp import horizon as horizon_of
 from vitexp import schedules
 from vitexp.errors import UserError
 from vitexp.horizon import plan_horizon, updates_per_epoch
@@ -226,7 +227,7 @@ def test_every_schedule_option_builds_and_takes_plain_overrides(path: Path) -> N
     assert {"warmup_epochs", "warmup_steps", "warmup_fraction", "warmup_start_lr"} <= set(node)
     assert "min_lr" in node or path.stem == "constant"
     horizon = plan_horizon(30, accumulate=2, epochs=4, max_steps=None)
-    preview = schedules.preview(load(path.stem), horizon, lr=0.1)
+    preview = horizon_of.preview(load(path.stem), horizon, lr=0.1)
     assert len(preview) == horizon.num_updates
     assert all(0.0 <= lr <= 0.1 for _, lr in preview)
     if node.get("default_warmup_fraction") is not None:  # no duration named: each unit is one override
@@ -236,10 +237,10 @@ def test_every_schedule_option_builds_and_takes_plain_overrides(path: Path) -> N
 
 def test_preview_spreads_its_points_over_the_whole_run() -> None:
     horizon = plan_horizon(100, accumulate=1, epochs=10, max_steps=700)
-    points = schedules.preview(schedules.linear_warmup, horizon, lr=1.0, points=5)
+    points = horizon_of.preview(schedules.linear_warmup, horizon, lr=1.0, points=5)
     assert [step for step, _ in points] == [0, 175, 350, 524, 699]
     assert points[-1][1] == pytest.approx(1 - 699 / 1000)
-    assert schedules.preview(schedules.constant, plan_horizon(1, accumulate=1, epochs=1, max_steps=None), lr=1.0) == [
+    assert horizon_of.preview(schedules.constant, plan_horizon(1, accumulate=1, epochs=1, max_steps=None), lr=1.0) == [
         (0, 1.0)
     ]
 

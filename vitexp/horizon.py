@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from vitexp.errors import UserError
-from vitexp.schedules import number_in_range
+from vitexp.schedules import Schedule, number_in_range
 from vitexp.types import Progress
 
 
@@ -101,6 +101,14 @@ def plan_horizon(
         float(epochs),
         total_steps if max_steps is None else min(max_steps, total_steps),
     )
+
+
+def preview(schedule: Schedule, horizon: Horizon, *, lr: float, points: int = 200) -> list[tuple[int, float]]:
+    """(updates made before, lr) for at most `points` updates spread over the run, first and last among them."""
+    last = horizon.num_updates - 1
+    count = min(points, horizon.num_updates)
+    steps = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
+    return [(step, schedule(horizon.progress(step), lr=lr)) for step in steps]
 
 
 def _whole(key: str, value: object) -> int:

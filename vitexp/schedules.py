@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vitexp.errors import UserError
 from vitexp.types import Progress
-
-if TYPE_CHECKING:
-    from vitexp.horizon import Horizon
 
 Schedule = Callable[..., float]  # (progress, *, lr) once its YAML arguments are bound
 
@@ -126,14 +122,6 @@ def wsd(
     left = total - position
     falling = lr if left >= length else _rise(max(left, 0.0) / length, min_lr, lr)
     return min(rising, falling)
-
-
-def preview(schedule: Schedule, horizon: Horizon, *, lr: float, points: int = 200) -> list[tuple[int, float]]:
-    """(updates made before, lr) for at most `points` updates spread over the run, first and last among them."""
-    last = horizon.num_updates - 1
-    count = min(points, horizon.num_updates)
-    steps = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
-    return [(step, schedule(horizon.progress(step), lr=lr)) for step in steps]
 
 
 def number_in_range(key: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:

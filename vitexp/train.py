@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from vitexp import checkpoint, reports, run_folder, runtime
 from vitexp.config import CONFIG_NAME, RAW_NAME, RunConfig, to_yaml
@@ -76,27 +77,36 @@ def where_it_stands(
 
 
 def _resume_point(config: RunConfig, folder: Path) -> checkpoint.Checkpoint | None:
-    settings = folder / CONFIG_NAME
     found = None if config.resume == "never" else checkpoint.resume_point(folder / "checkpoints")
-    if found is None:
-        if config.resume == "must":
-            raise UserError(f"resume=must: {folder} holds no checkpoint to go on from")
+    if found is None and config.resume == "must":
+        raise UserError(f"resume=must: {folder} holds no checkpoint to go on from")
+    changed = _changed_settings(config, folder)
+    if found is not None and changed and not config.allow_changes:
+        raise UserError(
+            f"{folder} was started with other settings: {'; '.join(changed[:4])}"
+            f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}\n"
+            "give another output_dir, or allow_changes=true to go on with the new ones"
+        )
+    # A run killed before its first checkpoint starts again in its place, and in its MLflow run.
+    if found is None and (changed or config.resume == "never"):
         moved = run_folder.archive_previous(folder, spare=("train.log",))
         if moved is not None:
-            log.info("an earlier run of this folder, without a checkpoint to go on from, is now in %s", moved)
-    elif settings.exists() and not config.allow_changes:
-        before = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        changed = checkpoint.changed_config(_comparable(before), _comparable(config.resolved))
-        if changed:
-            raise UserError(
-                f"{folder} was started with other settings: {'; '.join(changed[:4])}"
-                f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}\n"
-                "give another output_dir, or allow_changes=true to go on with the new ones"
-            )
-    run_folder.write_atomic(settings, to_yaml(config.resolved))
+            log.info("set aside   the former run of this folder is now in %s", moved)
+    run_folder.write_atomic(folder / CONFIG_NAME, to_yaml(config.resolved))
     raw = {**config.raw, "output_dir": config.output_dir, "choices": config.choices}
     run_folder.write_atomic(folder / RAW_NAME, to_yaml(raw))
     return found
+
+
+def _changed_settings(config: RunConfig, folder: Path) -> list[str]:
+    """What differs from the settings in the folder and could change results; all of it when they cannot be read."""
+    if not (folder / CONFIG_NAME).exists():
+        return ["config.yaml: none"] if run_folder.is_used(folder, spare=("train.log",)) else []
+    try:
+        before = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return ["config.yaml: cannot be read"]
+    return checkpoint.changed_config(_comparable(before), _comparable(config.resolved))
 
 
 def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +152,10 @@ def fit(
     )
     if config.runtime.compile:
         run.backbone.compile()
-    method, optimizer = accelerator.prepare(run.method, optimizer)
+        run.notes.append("torch.compile: the first step takes about a minute")
+    method, wrapped = accelerator.prepare(run.method, optimizer)
+    if accelerator.scaler is not None:  # the wrapper looks for a package on disk at each step: 0.1 ms for nothing else
+        optimizer = wrapped
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
     state = State(run.method, optimizer, ema, accelerator.scaler)
@@ -183,12 +196,13 @@ def fit(
         if not state.evaluated:  # stopped between an update and the evaluation due after it
             evaluate(run, state, horizon, books=books, accelerator=accelerator, stop=stop)
 
+        run.method.train()  # here and after an evaluation: a walk through all modules is too much for every step
+
         # ---- The loop: one pass is one update -----------------------------------------------------------------------
         while state.step < horizon.num_updates:
             update = horizon.update(state.step)
             lr = run.schedule(update.progress, lr=peak_lr)
             set_lr(optimizer, lr)
-            run.method.train()
 
             losses, indices = [], []
             for number in range(update.num_micro_batches):
@@ -210,9 +224,8 @@ def fit(
 
             guard.admit(state.step, loss, torch.cat(indices))
             if settings.clip_norm is not None:
-                norm = accelerator.clip_grad_norm_(parameters, settings.clip_norm)
-                if norm is not None:
-                    state.tally.add("grad_norm", norm)
+                accelerator.unscale_gradients()  # fp16's
+                state.tally.add("grad_norm", nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
             optimizer.step()
             optimizer.zero_grad()
             run.method.after_step(update.progress)
@@ -273,10 +286,12 @@ def evaluate(
 ) -> None:
     """Measures the validation split with the weights, and with their average where there is one, and records it."""
     with books.pause():
-        metrics, arrays = measure(run, "val", accelerator=accelerator, stop=stop)
+        how = {"accelerator": accelerator, "stop": stop, "tell": books.evaluating}
+        metrics, arrays = measure(run, "val", **how)
         if state.ema is not None:
             with state.ema.swapped_in():
-                metrics |= measure(run, "val_ema", accelerator=accelerator, stop=stop)[0]
+                metrics |= measure(run, "val_ema", **how)[0]
+        run.method.train()
         state.evaluated = True
         if metrics:
             if metrics.get("val/top1", -1.0) > state.best.get("best/val/top1", -1.0):
@@ -286,37 +301,47 @@ def evaluate(
 
 
 def measure(
-    run: Run, prefix: str, *, accelerator: Accelerator, stop: StopRequest | None = None
+    run: Run,
+    prefix: str,
+    *,
+    accelerator: Accelerator,
+    stop: StopRequest | None = None,
+    tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """What the evaluators find on the validation split with the backbone as it is, named `<prefix>/<name>`.
 
-    Raises Interrupted when stop has been asked for in the midst."""
+    tell hears how many pictures of this rank's share are done. Raises Interrupted when asked to stop in the midst."""
     metrics: dict[str, float] = {}
     arrays: dict[str, Any] = {}
     if run.val_data is None:
         return metrics, arrays
     for evaluator in run.evaluators.values():
-        batches: Iterable[Batch] = eval_batches(
+        batches = eval_batches(
             run.val_data,
             batch_size=run.config.train.batch_size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             workers=run.config.train.workers,
         )
-        if stop is not None and accelerator.num_processes == 1:
-            # Several ranks meet after their own share: one that left early would leave the others waiting.
-            batches = _until_stopped(batches, stop)
-        on_device = (ready(batch, run, accelerator.device) for batch in batches)
+        # Several ranks meet after their own share: one that left early would leave the others waiting.
+        heeded = stop if accelerator.num_processes == 1 else None
+        share = -(-len(run.val_data) // accelerator.num_processes)
+        watched = _watched(batches, heeded, lambda done, share=share: tell(done, share))
+        on_device = (ready(batch, run, accelerator.device) for batch in watched)
         found = evaluator(run.backbone, on_device, accelerator, run.source.classes)
         metrics |= {f"{prefix}/{name}": value for name, value in found.metrics.items()}
         arrays |= {f"{prefix}/{name}": value for name, value in found.arrays.items()}
     return metrics, arrays
 
 
-def _until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+def _watched(batches: Iterable[Batch], stop: StopRequest | None, tell: Callable[[int], None]) -> Iterator[Batch]:
+    done = 0
     for batch in batches:
-        stop.check()
+        if stop is not None:
+            stop.check()
         yield batch
+        done += len(batch.index)
+        tell(done)
 
 
 def stop_asked(stop: StopRequest, accelerator: Accelerator) -> int | None:

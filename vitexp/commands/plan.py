@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from vitexp.config import build, compose_and_check
 from vitexp.costs import TRAIN_TO_FORWARD, count_parameters, forward_gflops, state_bytes
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
-from vitexp.horizon import Horizon, plan_horizon
+from vitexp.horizon import Horizon, plan_horizon, preview
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.run import model_arguments
-from vitexp.schedules import Schedule, preview
+from vitexp.schedules import Schedule
 
 IMAGENET_CLASSES = 1000  # what published parameter counts are made with
 TABLE_ROWS = 11
