@@ -54,6 +54,13 @@ def test_decisions_for_each_picture_give_timms_pictures_and_targets(case: str) -
     assert_close(mix_each(*golden(), lam=torch.from_numpy(lam).float(), boxes=torch.from_numpy(boxes)), case)
 
 
+def test_boxes_are_timms_for_the_shares_and_centres_it_drew() -> None:
+    centre = (GOLDEN["drawn_centres"] + 0.5) / 16
+    assert np.array_equal(mixing.boxes_of(GOLDEN["drawn_lam"], 16, 16, centre=centre), GOLDEN["drawn_boxes"])
+    ends = mixing.boxes_of(np.array([1.0, 0.0]), 5, 8, centre=np.array([[0.0, 0.0], [np.nextafter(1, 0), 0.5]]))
+    assert ends.tolist() == [[0, 0, 0, 0], [2, 5, 0, 8]], "nothing for a share of 1"
+
+
 def test_the_losses_of_mixed_and_smoothed_targets_are_timms() -> None:
     logits, labels = torch.from_numpy(GOLDEN["logits"]), torch.from_numpy(GOLDEN["labels"])
     mixed = classification_loss(logits, torch.from_numpy(GOLDEN["batch0/targets"]))
