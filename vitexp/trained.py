@@ -60,7 +60,7 @@ class TrainedRun:
     def transform(self, picture: Picture) -> Tensor:
         """Float (c, h, w) on the CPU, resized, cropped and normalised as evaluation did. Raises BadImage."""
         return normalise(
-            self._prepare(picture, "the picture")[None], self.preprocessing["mean"], self.preprocessing["std"]
+            self.prepare(picture, "the picture")[None], self.preprocessing["mean"], self.preprocessing["std"]
         )[0]
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class TrainedRun:
         found: list[Prediction] = []
         batch: list[Tensor] = []
         for number, picture in enumerate(several):
-            batch.append(self._prepare(picture, f"picture {number}"))
+            batch.append(self.prepare(picture, f"picture {number}"))
             if len(batch) == batch_size:
                 found += self._classify(batch, topk)
                 batch = []
@@ -91,7 +91,7 @@ class TrainedRun:
             found.append(Prediction(class_name=top[0][0], probability=top[0][1], top=top))
         return found
 
-    def _prepare(self, picture: Picture, name: str) -> Tensor:
+    def prepare(self, picture: Picture, name: str) -> Tensor:
         """uint8 (c, H, W) as the evaluation loader makes it."""
         pixels = _pixels(picture, name, channels=self.preprocessing["channels"])
         fixed = self._fit.fixed(pixels)

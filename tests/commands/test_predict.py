@@ -159,9 +159,9 @@ def test_neither_batch_size_nor_workers_change_a_row(run, pictures, tmp_path, ba
 def test_no_more_than_a_few_batches_are_read_ahead(run, pictures, tmp_path, monkeypatch):
     loaded = load_run(run)
     reads, at_compute = [], []
-    prepare, compute = type(loaded)._prepare, type(loaded).predict
+    prepare, compute = type(loaded).prepare, type(loaded).predict
     monkeypatch.setattr(
-        type(loaded), "_prepare", lambda *a, **k: (isinstance(a[1], str) and reads.append(a[1])) or prepare(*a, **k)
+        type(loaded), "prepare", lambda *a, **k: (isinstance(a[1], str) and reads.append(a[1])) or prepare(*a, **k)
     )
     monkeypatch.setattr(type(loaded), "predict", lambda *a, **k: at_compute.append(len(reads)) or compute(*a, **k))
     files = [str(pictures / "a" / f"{number % 6}.jpg") for number in range(60)]

@@ -204,7 +204,7 @@ def _read_ahead(
         try:
             if os.path.exists(name) and not os.path.isfile(name):  # a pipe would be waited for
                 raise BadImage(name, "is no file")
-            return run._prepare(name, name)
+            return run.prepare(name, name)
         except BadImage as error:
             return error
 
