@@ -22,6 +22,7 @@ NEEDS = {
     "stage=finetune": lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))],
     "data=folder": lambda folder: [f"data.root={folder}"],
     "data=parquet": lambda folder: [f"data.train={_file(folder / 'train.parquet')}"],
+    "data=hf": lambda folder: ["data.name=owner/name"],
 }
 
 
