@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from vitexp.config import build, compose_and_check
 from vitexp.config_paths import conf_dir, config_groups
+from vitexp.models.build import build_model
 
 OPTIONS = [f"{group}={name}" for group, names in config_groups().items() for name in names]
 GROUPS = ("stage", "method", "model", "optim", "schedule", "data", "augment", "evaluators", "runtime", "tracking")
@@ -24,6 +26,11 @@ NEEDS = {
     "data=parquet": lambda folder: [f"data.train={_file(folder / 'train.parquet')}"],
     "data=hf": lambda folder: ["data.name=owner/name"],
 }
+EXPERIMENTS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in conf_dir().glob("experiment/*")}
+FROM_WEIGHTS = [name for name, preset in EXPERIMENTS.items() if {"override /stage": "finetune"} in preset["defaults"]]
+NEEDS |= {f"experiment={name}": NEEDS["stage=finetune"] for name in FROM_WEIGHTS}
+TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
+SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
 
 
 def _file(path: Path) -> Path:
@@ -77,11 +84,23 @@ def test_an_experiment_says_what_it_is(path: Path) -> None:
     assert yaml.safe_load(text)["name"]
 
 
-@pytest.mark.parametrize("name", config_groups()["experiment"])
-def test_an_experiment_runs_two_steps(name: str, workdir: Path) -> None:
+@pytest.fixture(scope="session")
+def vit_base_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as a pretraining at 224 px leaves it, for what starts from weights; made once, in half precision."""
+    file = tmp_path_factory.mktemp("weights") / "vit_base.safetensors"
+    state = build_model("vit_base", num_classes=1000).state_dict()
+    save_file({key: tensor.bfloat16() for key, tensor in state.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in config_groups()["experiment"]]
+)
+def test_an_experiment_runs_two_steps(name: str, workdir: Path, request: pytest.FixtureRequest) -> None:
     from vitexp.train import train
 
-    config = compose_and_check([f"experiment={name}", "debug=fast", "output_dir=run"])
+    init = [f"init_from={request.getfixturevalue('vit_base_weights')}"] if name in FROM_WEIGHTS else []
+    config = compose_and_check([f"experiment={name}", "debug=fast", "output_dir=run", *init])
     train(config)
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
