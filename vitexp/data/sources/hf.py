@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def hf(
     UserError in a line or two."""
     check_channels(channels)
     try:
-        import datasets
+        datasets: Any = importlib.import_module("datasets")  # optional, so by name
     except ImportError as error:
         raise UserError("data=hf needs the package 'datasets': pip install 'vitexp[hf]'") from error
 
