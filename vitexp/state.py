@@ -45,6 +45,7 @@ class State:
     step: int = 0
     tally: Tally = field(default_factory=Tally)
     best: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Tensor] = field(default_factory=dict)  # Source.digests(), for telling at a resume what has changed
     evaluated: bool = True  # False while the evaluation due after the last update has not been recorded
 
     def to_checkpoint(self) -> dict[str, Any]:
@@ -56,6 +57,7 @@ class State:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "tally": {"sums": self.tally.sums, "updates": self.tally.updates},
             "best": self.best,
+            "data": self.data,
             "evaluated": self.evaluated,
         }
 

@@ -19,6 +19,7 @@ from torch import nn
 from vitexp import checkpoint, reports, run_folder, runtime
 from vitexp.config import CONFIG_NAME, RAW_NAME, RunConfig, to_yaml
 from vitexp.data.batch_transforms import normalise
+from vitexp.data.images import changes as data_changes
 from vitexp.data.loader import eval_batches, train_batches
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.ema import Ema
@@ -158,12 +159,20 @@ def fit(
         optimizer = wrapped
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
-    state = State(run.method, optimizer, ema, accelerator.scaler)
+    data = {key: torch.from_numpy(digest) for key, digest in run.source.digests().items()} if first else {}
+    state = State(run.method, optimizer, ema, accelerator.scaler, data=data)
 
     # ---- Where it was -----------------------------------------------------------------------------------------------
     if found is not None:
         checkpoint.check_compatible(found, run.method.state_dict(), classes=run.source.classes, world_size=world)
-        state.restore(checkpoint.load(found), accelerator.device)
+        saved = checkpoint.load(found)
+        state.restore(saved, accelerator.device)
+        if first and "data" in saved:
+            old, new = ({key: value.numpy() for key, value in side.items()} for side in (saved["data"], data))
+            if changed := data_changes(old, new):
+                log.warning(
+                    "the data has changed since this run's checkpoint (%s); it goes on with what is there", changed
+                )
 
     # ---- Books: metrics.jsonl, MLflow, the display; kept by the first rank alone ------------------------------------
     if state.step >= horizon.num_updates and state.evaluated and (folder / "summary.json").exists():

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -141,6 +141,18 @@ class Source:
             digest.update(split.labels.astype("<i8").tobytes() + split.sizes.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
+    def digests(self) -> dict[str, np.ndarray]:
+        """Of each split a sorted int64 number for every picture, of its name, class and stored size.
+
+        `changes` says what came and went between two of these."""
+        found = {}
+        for key, split in self.splits().items():
+            rows = zip(split.names, split.labels.tolist(), split.sizes.tolist(), strict=True)
+            said = (f"{name}\0{self.classes[k] if k >= 0 else ''}\0{size}".encode() for name, k, size in rows)
+            whole = b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in said)
+            found[key] = np.sort(np.frombuffer(whole, "<i8"))
+        return found
+
     def require_labels(self) -> None:
         """Raises UserError where a picture has no label: what training with classes needs checked once."""
         for key, split in self.splits().items():
@@ -149,6 +161,17 @@ class Source:
                     f"data={self.name}: {missing.size:,} of {len(split):,} pictures of {key} have no label "
                     f"(first: {split.names[missing[0]]}); this stage needs class folders or a label column"
                 )
+
+
+def changes(before: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray]) -> str:
+    """`train: 3 added, 1 gone` of two Source.digests(); empty where they are the same. A changed picture is both."""
+    none, said = np.empty(0, np.int64), []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key, none), now.get(key, none)
+        if not np.array_equal(old, new):
+            added, gone = np.setdiff1d(new, old).size, np.setdiff1d(old, new).size
+            said.append(f"{key}: {added:,} added, {gone:,} gone")
+    return "; ".join(said)
 
 
 def stratified_split(images: Images, *, val_fraction: float, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
