@@ -23,7 +23,8 @@ def make_accelerator(*, precision: str, device: str, threads: int | None) -> Acc
     GradientState._reset_state()
     if device == "cpu":
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world))
+        share = max(1, len(os.sched_getaffinity(0)) // world)
+        torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", share)))
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
 
 

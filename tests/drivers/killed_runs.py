@@ -21,7 +21,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from vitexp import checkpoint, train  # noqa: E402
+from vitexp import checkpoint, plots, reports, train  # noqa: E402
 from vitexp.config import RunConfig, compose_and_check  # noqa: E402
 from vitexp.reports import Books  # noqa: E402
 
@@ -89,6 +89,10 @@ def attempt(config: RunConfig, kill: tuple[str, int] | None) -> int:
 
 
 def main() -> None:
+    # Pictures take a second a run and change no bit of what is compared.
+    reports.draw_pictures = lambda run, folder: None
+    for name in ("curves", "confusion_matrix"):
+        setattr(plots, name, lambda *given: None)
     place, plan, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
     for name, kills in plan.items():
         folder = place / name
