@@ -38,6 +38,7 @@ BAD = {
     "model.patch_size=5": ("model.patch_size=5", "4, 8"),
     "model.num_heads=5": ("model.num_heads=5", "model.embed_dim"),
     "runtime.precision=bf17": ("runtime.precision=bf17", "bf16"),
+    "stage.position_mode=bilinear": ("stage.position_mode=bilinear", "jax"),
     "resume=maybe": ("resume=maybe", "auto, must, never"),
     "init_from=/no/such/file": ("init_from=/no/such/file", "no such file"),
     "data=folder": ("data.root", "no value"),

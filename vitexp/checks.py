@@ -109,11 +109,12 @@ RANGES: dict[str, Allowed] = {
     "model.representation_dim": COUNT_OR_NULL,
     "method.label_smoothing": FRACTION,
 }
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "resume": ("auto", "must", "never"),
     "runtime.precision": ("auto", "fp32", "bf16", "fp16"),
     "runtime.device": ("auto", "cpu", "cuda", "mps"),
     "stage.head": ("auto", "keep", "fresh"),
+    "stage.position_mode": (None, "jax", "mae", "timm"),
     "data.cache": ("auto", "memory", "none"),
 }
 NO_DECAY_SETS = ("default", "none", "mae_pretrain", "mae_finetune", "deit", "big_vision", "timm")
@@ -143,9 +144,8 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
         if key in RANGES and not RANGES[key].holds(value):
             raise UserError(f"{key}={show(value)}: expected {RANGES[key].describe()}")
         if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(
-                f"{key}={show(value)}: expected one of {', '.join(CHOICES[key])}.{nearest(show(value), CHOICES[key])}"
-            )
+            words = [show(choice) for choice in CHOICES[key]]
+            raise UserError(f"{key}={show(value)}: expected one of {', '.join(words)}.{nearest(show(value), words)}")
         if key not in RANGES and key not in CHOICES:
             _check_kind(key, value, usual.get(key))
     rules = _select(config, "optim.no_decay")

@@ -33,6 +33,7 @@ class StageConfig:
     name: str = "pretrain"
     needs_init: bool = False
     head: str = "auto"
+    position_mode: str | None = None
 
 
 @dataclass

@@ -93,8 +93,11 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
     notes = [*source.notices, train_data.note, *([val_data.note] if val_data is not None else [])]
+    stage = config.stage
     if config.init_from is not None:
-        notes.append(str(load_weights(backbone, Path(config.init_from), head=config.stage.head)))
+        notes.append(
+            str(load_weights(backbone, Path(config.init_from), head=stage.head, position_mode=stage.position_mode))
+        )
     return Run(
         config=config,
         source=source,
