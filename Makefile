@@ -24,10 +24,10 @@ demo: $(package)
 	$(python) -m vitexp
 
 test: $(tests)
-	$(python) -m pytest -q -m 'not slow'
+	$(python) -m pytest -q -m 'not slow' -n 2 # two at a time: every test keeps to one thread
 
 test-all: $(tests)
-	$(python) -m pytest -q
+	$(python) -m pytest -q -n 2
 
 # All four say what they find before the target fails.
 check: $(tools)
