@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def _started_here() -> list:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # ended meanwhile, or another user's
     return found
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_left_over() -> None:
+    """Accelerate keeps device and precision a process: a run made in one test must not set them for the next."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()

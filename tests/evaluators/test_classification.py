@@ -13,7 +13,7 @@ from vitexp.evaluators.classification import Classification
 from vitexp.types import Batch
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
 
