@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from vitexp.errors import UserError
-from vitexp.models.pos_embed import POSITION_MODES, infer_grid, resize_pos_embed
+from vitexp.models.pos_embed import POSITION_MODES, infer_grid, resize_pos_embed, sincos_pos_embed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -93,3 +94,19 @@ def test_grid_is_told_from_the_number_of_rows(rows: int, like: tuple[int, int], 
 def test_grid_that_cannot_be_told_is_asked_for(rows: int) -> None:
     with pytest.raises(UserError, match=rf"{rows} patches.*grid="):
         infer_grid(rows, like=(4, 8))
+
+
+SINCOS = np.load(GOLDEN / "mae_sincos_pos_embed.npz", allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", [name for name in SINCOS.files if name.startswith("pe2d_d")])
+def test_sincos_equals_maes_table(name: str) -> None:
+    dim, side, prefix = (int(part) for part in re.fullmatch(r"pe2d_d(\d+)_g(\d+)_cls(\d)", name).groups())
+    table = sincos_pos_embed((side, side), dim, num_prefix_tokens=prefix)
+    np.testing.assert_allclose(table.numpy(), SINCOS[name], rtol=0, atol=1e-12)
+
+
+def test_sincos_of_a_rectangle_and_of_a_width_that_4_does_not_divide() -> None:
+    np.testing.assert_allclose(sincos_pos_embed((2, 3), 16).numpy(), SINCOS["pe2d_rect_h2_w3_d16"], rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match="width 10"):
+        sincos_pos_embed((2, 2), 10)

@@ -76,3 +76,20 @@ def infer_grid(num_patches: int, *, like: Grid) -> Grid:
             f"{like[0]}x{like[1]}; say its grid: load_weights(..., grid=(rows, columns))"
         )
     return rows * times, columns * times
+
+
+def sincos_pos_embed(grid: tuple[int, int], dim: int, *, num_prefix_tokens: int = 0) -> Tensor:
+    """float64 (num_prefix_tokens + h*w, dim): MAE's fixed embedding, zeros for the prefix. arXiv:2111.06377, section 3.
+
+    Of each patch in raster order [sin, cos] of its column, then of its row, at frequencies 10000^(-i / (dim / 4)).
+    timm's and MoCo v3's have other orders or frequencies. Raises UserError unless 4 divides dim."""
+    if dim % 4:
+        raise UserError(f"a sine-cosine position embedding of width {dim}: 4 does not divide it")
+    height, width = grid
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(num_prefix_tokens, dim, dtype=torch.float64), table])
