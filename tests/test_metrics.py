@@ -53,6 +53,7 @@ def slow_scores(logits: np.ndarray, targets: np.ndarray, bins: int = 15) -> dict
         "per_class": np.array(per_class),
         "mean_class": np.nanmean(per_class),
         "ece": ece,
+        "bins": [(len(b), sum(r for r, _ in b), np.mean([c for _, c in b]) if b else math.nan) for b in binned],
     }
 
 
@@ -64,6 +65,8 @@ def test_figures_equal_the_slow_version_over_ragged_batches(num_classes):
     assert got.topk == pytest.approx(want["topk"], abs=1e-15)
     assert got.loss == pytest.approx(want["loss"], rel=1e-6)
     assert got.ece == pytest.approx(want["ece"], abs=1e-6)
+    bins = got.calibration
+    np.testing.assert_allclose(np.stack([bins.count, bins.right, bins.confidence], axis=1), want["bins"], rtol=1e-6)
     np.testing.assert_array_equal(got.confusion.numpy(), want["confusion"])
     np.testing.assert_allclose(got.per_class_accuracy.numpy(), want["per_class"], rtol=1e-15)
     assert got.mean_class_accuracy == pytest.approx(want["mean_class"], rel=1e-14)
@@ -151,5 +154,5 @@ def test_nothing_counted_gives_nan_not_an_error():
 def test_confusion_and_calibration_can_be_left_out():
     scores = measure(*random_case(1, 20, 4), [20], confusion=False, calibration=False)
     assert scores.confusion is None
-    assert scores.ece is None
+    assert scores.ece is scores.calibration is None
     assert scores.topk == measure(*random_case(1, 20, 4), [20]).topk

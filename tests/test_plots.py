@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vitexp.plots import attention, confusion_matrix, curves, picture_grid, position_similarity
+from vitexp.plots import attention, confusion_matrix, curves, picture_grid, position_similarity, reliability
 
 
 def journal(count: int) -> list[dict]:
@@ -70,6 +71,29 @@ def test_a_class_without_pictures_is_no_error(tmp_path):
     with np.errstate(all="raise"):
         shown(confusion_matrix(matrix, list("abcd"), tmp_path / "absent.png"))
         shown(confusion_matrix(np.zeros((4, 4), np.int64), list("abcd"), tmp_path / "zero.png"))
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15, 40])
+def test_a_calibration_picture_is_of_sane_size_also_with_empty_bins(tmp_path, bins):
+    count = np.arange(bins) * 700
+    confidence = np.where(count > 0, (np.arange(bins) + 0.5) / bins, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shown(reliability(np.stack([count, count // 2, confidence]), tmp_path / "calibration.png"))
+        nothing = np.zeros(bins)
+        shown(reliability(np.stack([nothing, nothing, nothing * np.nan]), tmp_path / "none.png"))
+
+
+def test_the_bars_of_a_calibration_picture_are_as_tall_as_the_accuracy(tmp_path):
+    count, confidence = np.full(10, 200), (np.arange(10) + 0.5) / 10
+
+    def blue(right: int) -> int:
+        bins = np.stack([count, np.full(10, right), confidence])
+        picture = shown(reliability(bins, tmp_path / f"{right}.png")).astype(int)
+        return (picture[..., 2] - picture[..., 0] > 60).sum()
+
+    assert blue(0) < 100
+    assert blue(100) / blue(200) == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("count", [1, 12, 5000])

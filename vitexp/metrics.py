@@ -14,6 +14,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class CalibrationBins:
+    """Pictures by the probability of the predicted class in equal bins (low, high] of 0 to 1. All tensors (bins,)."""
+
+    count: Tensor  # int64 pictures with finite logits
+    right: Tensor  # int64 of them predicted right
+    confidence: Tensor  # float64, their mean probability; nan in an empty bin
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: |accuracy - confidence|, a mean over pictures. Guo et al. 2017, section 2,
+        arXiv:1706.04599; nan of no pictures."""
+        gaps = (self.right.double() - self.count * self.confidence).abs()
+        return _ratio(gaps[self.count > 0].sum().item(), int(self.count.sum()))
+
+
+@dataclass(frozen=True)
 class ClassificationScores:
     """What a ClassificationMeter found, in float64. Figures of nothing (no pictures, an absent class) are nan."""
 
@@ -26,8 +42,13 @@ class ClassificationScores:
     per_class_accuracy: Tensor  # (k,) top-1 within each class
     mean_class_accuracy: float  # mean of the above over the classes that occur
     class_counts: Tensor  # (k,) int64, labelled pictures of each class
-    ece: float | None  # expected calibration error, None when it was not asked for
+    calibration: CalibrationBins | None  # None when it was not asked for
     confusion: Tensor | None  # (k, k) int64, true class by predicted class; non-finite pictures are in no cell
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error, None when it was not asked for."""
+        return None if self.calibration is None else self.calibration.ece
 
 
 class ClassificationMeter:
@@ -129,10 +150,10 @@ class ClassificationMeter:
         count, unlabelled, out_of_range, non_finite = sums["seen"].tolist()
         class_count = sums["class_count"]
         per_class = sums["class_right"].double() / class_count.double()  # 0 / 0 is nan: the class does not occur
-        ece = None
-        if "bin_count" in sums:  # Guo et al. 2017, section 2, arXiv:1706.04599
-            gap = (sums["bin_right"].double() - sums["bin_confidence"].double()).abs().sum().item()
-            ece = _ratio(gap, count - non_finite)
+        bins = None
+        if "bin_count" in sums:
+            confidence = sums["bin_confidence"].double() / sums["bin_count"].double()
+            bins = CalibrationBins(count=sums["bin_count"], right=sums["bin_right"], confidence=confidence)
         return ClassificationScores(
             count=count,
             unlabelled=unlabelled,
@@ -143,7 +164,7 @@ class ClassificationMeter:
             per_class_accuracy=per_class,
             mean_class_accuracy=per_class[class_count > 0].mean().item(),  # of none is nan
             class_counts=class_count,
-            ece=ece,
+            calibration=bins,
             confusion=sums["confusion"].view(self.num_classes, -1) if "confusion" in sums else None,
         )
 

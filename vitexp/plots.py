@@ -154,6 +154,63 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str | Pat
     return _save(figure, path)
 
 
+def reliability(calibration: np.ndarray, path: str | Path) -> Path:
+    """Accuracy against confidence in equal bins of confidence from 0 to 1, and below how many pictures each bin has.
+
+    calibration (3, bins): pictures, right ones among them, their mean confidence. A line at each bar marks the bin's
+    mean confidence, what a calibrated model would reach there: a bar that ends below it is overconfident."""
+    count, right, confidence = np.asarray(calibration, np.float64)
+    bins, total, filled = len(count), count.sum(), count > 0
+    edges = np.linspace(0, 1, bins + 1)
+    middles, width = (edges[:-1] + edges[1:])[filled] / 2, 0.94 / bins
+    accuracy, confidence, count = right[filled] / count[filled], confidence[filled], count[filled]
+    inches = 4.4
+    figure = _figure(3.6, inches)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.42 / inches, top=1 - 0.3 / inches, hspace=0.09)
+    for ax in (upper, lower):
+        _quiet(ax)
+        ax.set_xlim(0, 1)
+    upper.plot([0, 1], [0, 1], color=_SOFT, lw=0.8, ls=(0, (4, 3)))
+    upper.bar(middles, accuracy, width, color=_COLOURS[0], alpha=0.85)
+    upper.hlines(confidence, middles - width / 2, middles + width / 2, color=_COLOURS[1], lw=1.6, label="confidence")
+    upper.set_ylim(0, 1)
+    lower.bar(middles, count, width, color=_LINE, edgecolor=_SOFT, lw=0.5)
+    lower.set_ylim(0, 1.32 * max(1.0, count.max(initial=0)))
+    lower.set_yticks([])
+    lower.spines["left"].set_visible(False)
+    lower.grid(visible=False)
+    if bins <= 20:
+        for middle, number in zip(middles, count, strict=True):
+            place = lower.annotate(
+                _compact(number), (middle, number), (0, 1.5), textcoords="offset points", ha="center"
+            )
+            _text(place, size=5.5, colour=_SOFT)
+    percent = _formatter(lambda value, _: f"{100 * value:.4g} %")
+    upper.yaxis.set_major_formatter(percent)
+    lower.xaxis.set_major_formatter(percent)
+    if total:
+        error = f"{100 * np.sum(count * np.abs(accuracy - confidence)) / total:.2f} %"
+        title = f"calibration error {error} of {total:,.0f} pictures".replace(",", " ")
+        _legend(upper)
+    else:
+        title = "nothing counted"
+    _text(upper.set_title(title, loc="left", pad=5))
+    _text(upper.set_ylabel("accuracy"), colour=_SOFT)
+    _text(lower.set_ylabel("pictures", labelpad=8), colour=_SOFT)
+    _text(lower.set_xlabel("confidence: probability of the predicted class"), colour=_SOFT)
+    return _save(figure, path)
+
+
+def _compact(number: float) -> str:
+    """A count in at most four letters."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.0f}{unit}" if not unit or number >= 9.95 else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:.0f}G"
+
+
 def picture_grid(images: np.ndarray | Any, titles: Sequence[str] | None, path: str | Path) -> Path:
     """A grid of uint8 pictures (n, c, h, w), array or tensor, each under its title; small ones are enlarged without
     smoothing. One channel is shown grey, of more than three the first three are shown."""

@@ -167,6 +167,8 @@ class Books(NoBooks):
             if "val/confusion" in arrays:
                 path = self.folder / "plots" / "confusion.png"
                 plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, path)
+            if "val/calibration" in arrays:
+                plots.reliability(arrays["val/calibration"], self.folder / "plots" / "calibration.png")
 
     def evaluating(self, done: int, of: int) -> None:
         self.display.busy(f"evaluating {done}/{of}")

@@ -265,7 +265,7 @@ def run_id(run: Path) -> str:
 def test_a_finished_run_leaves_its_pictures_and_settings_in_mlflow(run, place):
     from mlflow import MlflowClient
 
-    pictures = {"attention.png", "confusion.png", "curves.png", "inputs.png", "positions.png"}
+    pictures = {"attention.png", "calibration.png", "confusion.png", "curves.png", "inputs.png", "positions.png"}
     assert {path.name for path in (run / "plots").iterdir()} == pictures
     client = MlflowClient(f"sqlite:///{place}/outputs/mlflow.db")
     assert {Path(entry.path).name for entry in client.list_artifacts(run_id(run), "plots")} == pictures

@@ -44,6 +44,11 @@ def test_each_picture_counts_once_when_the_batch_does_not_divide(accelerator, si
     with torch.no_grad():
         logits = model.eval()(images)
     assert evaluation.count == evaluation.arrays["confusion"].sum() == 23
+    count, right, confidence = evaluation.arrays["calibration"]
+    assert count.sum() == 23
+    assert right.sum() / 23 == pytest.approx(evaluation.metrics["top1"])
+    mean = logits.softmax(1).amax(1).double().mean().item()
+    assert np.nansum(count * confidence) / 23 == pytest.approx(mean)
     assert evaluation.metrics["top1"] == pytest.approx((logits.argmax(1) == targets).double().mean().item())
     assert evaluation.metrics["loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
     assert set(evaluation.metrics) == {"top1", "top5", "loss", "mean_class_accuracy", "ece"}
@@ -95,6 +100,7 @@ def test_calibration_and_topk_are_options(accelerator):
         model, batches_of(images, targets, 10), accelerator, list("abcdefg")
     )
     assert set(evaluation.metrics) == {"top1", "top3", "loss", "mean_class_accuracy"}
+    assert "calibration" not in evaluation.arrays
     for wrong in ([], [0], [True], ["5"]):
         with pytest.raises(UserError, match="topk"):
             Classification(topk=wrong)

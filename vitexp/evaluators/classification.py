@@ -40,7 +40,8 @@ class Classification:
         self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, classes: Sequence[str]
     ) -> Evaluation:
         """Metrics top1, top5, mean_class_accuracy, ece as fractions 0..1 and loss in nats; arrays confusion (true by
-        predicted, up to 2048 classes), per_class_accuracy (nan where a class does not occur) and counts.
+        predicted, up to 2048 classes), per_class_accuracy (nan where a class does not occur), counts, and calibration:
+        rows of pictures, right ones and mean confidence (nan of none) in equal bins of confidence.
 
         `model` is unwrapped and gives logits (b, classes). `batches` yields this rank's share, normalised and on the
         device, each picture once over all ranks; shares may differ in length, for ranks meet only after the loop.
@@ -78,9 +79,12 @@ class Classification:
 
         metrics = {f"top{k}": share for k, share in scores.topk.items()}
         metrics |= {"loss": scores.loss, "mean_class_accuracy": scores.mean_class_accuracy}
-        if scores.ece is not None:
-            metrics["ece"] = scores.ece
+        bins = scores.calibration
+        if bins is not None:
+            metrics["ece"] = bins.ece
         arrays = {"per_class_accuracy": scores.per_class_accuracy.numpy(), "counts": scores.class_counts.numpy()}
+        if bins is not None:
+            arrays["calibration"] = np.stack([part.numpy() for part in (bins.count, bins.right, bins.confidence)])
         if scores.confusion is not None:
             arrays["confusion"] = scores.confusion.numpy()
         return Evaluation(metrics=metrics, arrays=arrays, count=scores.count)
