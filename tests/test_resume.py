@@ -144,12 +144,27 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
+def wait_until_tracked(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until the MLflow run exists: making the store takes longer than these steps, and a signal is not kept waiting."""
+    deadline = time.monotonic() + 120
+    while not any(kept["run_id"] for kept in tracking_record(folder).values()):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "no MLflow run yet"
+        time.sleep(0.05)
+
+
+def tracking_record(folder: Path) -> dict[str, Any]:
+    path = folder / "tracking.json"
+    return json.loads(path.read_text())["stores"] if path.exists() else {}
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path: Path, signum: signal.Signals, code: int) -> None:
     long = ["train.epochs=4000", "train.save_every=100000", "train.eval_every=7", "tracking=mlflow"]
     long.append(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     process = start(tmp_path / "run", *long)
     wait_for_rows(tmp_path / "run", 30, process)
+    wait_until_tracked(tmp_path / "run", process)
     asked = time.monotonic()
     process.send_signal(signum)
     out, err = process.communicate(timeout=30)
@@ -163,9 +178,8 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path: Path, signum: si
 
     from mlflow import MlflowClient
 
-    run_id = json.loads((tmp_path / "run" / "tracking.json").read_text())["stores"]
     store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (found,) = [store.get_run(kept["run_id"]) for kept in run_id.values()]
+    (found,) = [store.get_run(kept["run_id"]) for kept in tracking_record(tmp_path / "run").values()]
     assert found.info.status == "KILLED"
 
 
