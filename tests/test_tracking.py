@@ -44,6 +44,7 @@ def root(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr(tracking, "POLL_S", 0.05)
+    monkeypatch.setattr(tracking, "SEND_S", 0.1)
     monkeypatch.setattr(tracking, "FIRST_BACKOFF_S", 0.1)
     monkeypatch.setattr(tracking, "LONGEST_BACKOFF_S", 0.2)
     return outputs
@@ -232,6 +233,63 @@ def test_rows_are_seen_while_the_run_goes_and_names_are_made_fit(root: Path) -> 
     assert run.data.params == {"a_0_": "x" * 6000, "b_c": "{}"}
     assert mirror.close("FAILED")
     assert mlflow_run(mirror.uri, str(mirror.run_id))[0].info.status == "FAILED"
+
+
+def test_training_rows_go_together_and_what_a_person_waits_for_goes_at_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SEND_S", 60.0)
+    run_dir, sent = root / "r", []
+    real = tracking._Session.send
+    monkeypatch.setattr(tracking._Session, "send", lambda self, rows: (sent.append(len(rows)), real(self, rows)))
+    mirror = start(run_dir, root)
+    log_rows(run_dir, range(1))
+    wait_for(lambda: sum(sent) == 1)
+    log_rows(run_dir, range(1, 30))
+    wait_for(lambda: sum(sent) == 30)
+    before = len(sent)
+    for step in range(30, 50):
+        log_rows(run_dir, range(step, step + 1))
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert len(sent) == before
+    with_evaluation = Journal(run_dir / "metrics.jsonl")
+    with_evaluation.append({"step": 49, "epoch": 12.25, "val/top1": 0.5})
+    wait_for(lambda: len(sent) > before)
+    assert sent[before:] == [21]
+    log_rows(run_dir, range(50, 55))
+    assert mirror.close()
+    assert sum(sent) == 56
+
+
+def test_history_and_latest_values_are_what_mlflow_itself_would_keep(root: Path) -> None:
+    from mlflow.entities import Metric
+
+    run_dir = root / "r"
+    mirror = start(run_dir, root)
+    values = [0.5, float("nan"), float("inf"), -float("inf"), 1e-300, 0.25, float("nan")]
+    log = Journal(run_dir / "metrics.jsonl")
+    for step, value in enumerate(values):
+        log.append({"step": step, "epoch": 0.5 * step, "train/loss": value, "perf/time_s": 1000.0 + step})
+    log.append({"step": 6, "epoch": 3.0, "val/top1": 0.75, "perf/time_s": 1007.0})
+    assert mirror.close()
+    _, _, client = mlflow_run(mirror.uri, str(mirror.run_id))
+
+    theirs = client.create_run(client.get_run(mirror.run_id).info.experiment_id).info.run_id
+    for step, value in enumerate(values):
+        point = [("epoch", 0.5 * step), ("train/loss", value)]
+        client.log_batch(theirs, [Metric(key, number, 1000_000 + 1000 * step, step) for key, number in point])
+    client.log_batch(theirs, [Metric("epoch", 3.0, 1007_000, 6), Metric("val/top1", 0.75, 1007_000, 6)])
+
+    def kept(run_id: str) -> dict[str, list[str]]:
+        run = client.get_run(run_id)
+        histories = {
+            key: sorted(str((p.step, p.timestamp, p.value)) for p in client.get_metric_history(run_id, key))
+            for key in run.data.metrics
+        }
+        return histories | {f"latest {key}": [str(value)] for key, value in run.data.metrics.items()}
+
+    assert kept(str(mirror.run_id)) == kept(theirs)
 
 
 def test_an_artifact_is_sent_again_only_when_it_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +512,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from vitexp import journal, tracking
-tracking.POLL_S = 0.02
+tracking.POLL_S = tracking.SEND_S = 0.02
 run_dir, root = Path(sys.argv[1]), Path(sys.argv[2])
 log = journal.Journal(run_dir / "metrics.jsonl")
 rows = journal.read(log.path) if log.path.exists() else []
