@@ -21,7 +21,7 @@ from vitexp.mixing import BatchStep
 from vitexp.models.weights import load_weights
 from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
-from vitexp.types import Method
+from vitexp.types import Evaluator, Method
 
 
 @dataclass
@@ -32,12 +32,13 @@ class Run:
     source: Source
     train_data: Split
     val_data: Split | None
+    reference_data: Split | None  # the training split prepared as for evaluation, where an evaluator compares with it
     mix: BatchStep | None  # erasing and mixing of a training batch on the device
     backbone: nn.Module
     method: Method  # holds the backbone
     make_optimizer: Callable[..., Optimizer]
     schedule: Schedule
-    evaluators: dict[str, Any]
+    evaluators: dict[str, Evaluator]
     make_mirror: Callable[..., Any]
     architecture: dict[str, Any]  # the model's `_target_` and arguments, num_classes included: rebuilds it anywhere
     preprocessing: dict[str, Any]  # what evaluation does to a picture
@@ -65,7 +66,8 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
 
     Without for_training the pictures to train on stay undecoded."""
     source: Source = build(config.data["source"])
-    if config.evaluators:
+    evaluators: dict[str, Evaluator] = build(config.evaluators)
+    if any(evaluator.needs_labels for evaluator in evaluators.values()):
         source.require_labels()
     cache, ranks = config.data["cache"], config.runtime.processes
     shown = os.environ.get("RANK", "0") == "0"
@@ -78,9 +80,12 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         progress=shown,
     )
     evaluated_as = build(config.augment["eval"])
-    val_data = None
-    if source.val is not None and config.evaluators:
-        val_data = open_split(source.val, evaluated_as, cache=cache, name="val", processes=ranks, progress=shown)
+    val_data = reference_data = None
+    how = {"cache": cache, "processes": ranks, "progress": shown}
+    if source.val is not None and evaluators:
+        val_data = open_split(source.val, evaluated_as, name="val", **how)
+    if val_data is not None and any(evaluator.reads_train for evaluator in evaluators.values()):
+        reference_data = open_split(source.train, evaluated_as, name="train, as evaluated", **how)
 
     mix = None if config.augment["batch"] is None else build(config.augment["batch"])
     smoothing = config.method.get("label_smoothing"), config.augment.get("label_smoothing")
@@ -103,12 +108,13 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         source=source,
         train_data=train_data,
         val_data=val_data,
+        reference_data=reference_data,
         mix=mix,
         backbone=backbone,
         method=build(config.method, backbone=backbone),
         make_optimizer=build(config.optim["optimizer"]),
         schedule=build(config.schedule),
-        evaluators=build(config.evaluators),
+        evaluators=evaluators,
         make_mirror=build(config.tracking),
         architecture=architecture,
         preprocessing={

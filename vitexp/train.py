@@ -317,27 +317,32 @@ def measure(
     stop: StopRequest | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """What the evaluators find on the validation split with the backbone as it is, named `<prefix>/<name>`.
+    """What the evaluators find on the validation split with the method as it is, named `<prefix>/<name>`.
 
     tell hears how many pictures of this rank's share are done. Raises Interrupted when asked to stop in the midst."""
     metrics: dict[str, float] = {}
     arrays: dict[str, Any] = {}
     if run.val_data is None:
         return metrics, arrays
-    for evaluator in run.evaluators.values():
-        batches = eval_batches(
-            run.val_data,
+    # Several ranks meet after their own share: one that left early would leave the others waiting.
+    heeded = stop if accelerator.num_processes == 1 else None
+
+    def batches(split: str) -> Iterator[Batch]:
+        data = {"val": run.val_data, "train": run.reference_data}[split]
+        assert data is not None
+        share = -(-len(data) // accelerator.num_processes)
+        walked = eval_batches(
+            data,
             batch_size=run.config.train.batch_size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             workers=run.config.train.workers,
         )
-        # Several ranks meet after their own share: one that left early would leave the others waiting.
-        heeded = stop if accelerator.num_processes == 1 else None
-        share = -(-len(run.val_data) // accelerator.num_processes)
-        watched = _watched(batches, heeded, lambda done, share=share: tell(done, share))
-        on_device = (ready(batch, run, accelerator.device) for batch in watched)
-        found = evaluator(run.backbone, on_device, accelerator, run.source.classes)
+        watched = _watched(walked, heeded, lambda done: tell(done, share))
+        return (ready(batch, run, accelerator.device) for batch in watched)
+
+    for evaluator in run.evaluators.values():
+        found = evaluator(run.method, batches, accelerator, run.source.classes)
         metrics |= {f"{prefix}/{name}": value for name, value in found.metrics.items()}
         arrays |= {f"{prefix}/{name}": value for name, value in found.arrays.items()}
     return metrics, arrays

@@ -5,9 +5,15 @@ Letters used in tensor comments: b batch, n tokens, d width, c channels, h w pic
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,15 @@ class Method(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Method:
+        """As torch's, but what is frozen stays in eval mode: no dropout, drop path or moving statistics there."""
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
+
     def after_step(self, progress: Progress) -> None:
         """Called after every update; a teacher would move here."""
 
@@ -55,3 +70,28 @@ class Features:
 
     cls: Tensor | None  # (b, d), None for a backbone without class token
     patches: Tensor  # (b, n, d) in raster order of the patches given
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found. Metrics carry no split in their names: the caller adds `val/`."""
+
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    count: int  # pictures the figures stand on, over all ranks: equals the size of the split when each counted once
+
+
+class Evaluator(Protocol):
+    """Measures a method as it is. `batches("val")` and `batches("train")` walk a split in order without augmentation:
+    this rank's share, normalised and on the device, each picture once over all ranks; shares may differ in length."""
+
+    needs_labels: ClassVar[bool]
+    reads_train: ClassVar[bool]  # asks for batches("train"), too
+
+    def __call__(
+        self,
+        method: Method,
+        batches: Callable[[str], Iterable[Batch]],
+        accelerator: Accelerator,
+        classes: Sequence[str],
+    ) -> Evaluation: ...

@@ -10,6 +10,7 @@ from torch import nn
 
 from vitexp.errors import UserError
 from vitexp.evaluators.classification import Classification
+from vitexp.methods.supervised import Supervised
 from vitexp.types import Batch
 
 
@@ -40,7 +41,9 @@ def case(count: int = 23, classes: int = 7) -> tuple[Head, torch.Tensor, torch.T
 @pytest.mark.parametrize("size", [23, 8, 1])
 def test_each_picture_counts_once_when_the_batch_does_not_divide(accelerator, size):
     model, images, targets = case()
-    evaluation = Classification()(model, batches_of(images, targets, size), accelerator, list("abcdefg"))
+    evaluation = Classification()(
+        Supervised(model), {"val": batches_of(images, targets, size)}.__getitem__, accelerator, list("abcdefg")
+    )
     with torch.no_grad():
         logits = model.eval()(images)
     assert evaluation.count == evaluation.arrays["confusion"].sum() == 23
@@ -62,17 +65,23 @@ def test_modes_of_every_module_are_restored_also_after_an_error(accelerator):
     model.train()
     model.frozen.eval()  # as a frozen backbone in a linear probe
     running_mean = model.frozen.running_mean.clone()
-    Classification()(model, batches_of(images, targets, 5), accelerator, list("abcdefg"))
+    Classification()(
+        Supervised(model), {"val": batches_of(images, targets, 5)}.__getitem__, accelerator, list("abcdefg")
+    )
     assert (model.training, model.fc.training, model.frozen.training) == (True, True, False)
     with pytest.raises(UserError, match="7 outputs, the data 2 classes"):
-        Classification()(model, batches_of(images, targets, 5), accelerator, list("ab"))
+        Classification()(
+            Supervised(model), {"val": batches_of(images, targets, 5)}.__getitem__, accelerator, list("ab")
+        )
     assert (model.training, model.frozen.training) == (True, False)
     assert torch.equal(model.frozen.running_mean, running_mean)
 
 
 def test_a_model_can_be_trained_right_after_its_evaluation(accelerator):
     model, images, targets = case()
-    Classification()(model, batches_of(images, targets, 5), accelerator, list("abcdefg"))
+    Classification()(
+        Supervised(model), {"val": batches_of(images, targets, 5)}.__getitem__, accelerator, list("abcdefg")
+    )
     model.train()(images).sum().backward()
     assert model.fc.weight.grad is not None
 
@@ -81,23 +90,28 @@ def test_pictures_without_a_class_are_refused_and_counted(accelerator):
     model, images, targets = case()
     targets[[3, 20]] = -1
     with pytest.raises(UserError, match="2 of 23 pictures to evaluate have no class"):
-        Classification()(model, batches_of(images, targets, 10), accelerator, list("abcdefg"))
+        Classification()(
+            Supervised(model), {"val": batches_of(images, targets, 10)}.__getitem__, accelerator, list("abcdefg")
+        )
 
 
 def test_a_class_the_model_lacks_and_an_empty_split_are_refused(accelerator):
     model, images, targets = case()
     with pytest.raises(UserError, match="1 pictures have a class number above 6"):
         Classification()(
-            model, batches_of(images, targets.index_fill(0, torch.tensor([2]), 7), 10), accelerator, "abcdefg"
+            Supervised(model),
+            {"val": batches_of(images, targets.index_fill(0, torch.tensor([2]), 7), 10)}.__getitem__,
+            accelerator,
+            "abcdefg",
         )
     with pytest.raises(UserError, match="no pictures"):
-        Classification()(model, [], accelerator, list("abcdefg"))
+        Classification()(Supervised(model), {"val": []}.__getitem__, accelerator, list("abcdefg"))
 
 
 def test_calibration_and_topk_are_options(accelerator):
     model, images, targets = case()
     evaluation = Classification(topk=[1, 3], calibration=False)(
-        model, batches_of(images, targets, 10), accelerator, list("abcdefg")
+        Supervised(model), {"val": batches_of(images, targets, 10)}.__getitem__, accelerator, list("abcdefg")
     )
     assert set(evaluation.metrics) == {"top1", "top3", "loss", "mean_class_accuracy"}
     assert "calibration" not in evaluation.arrays
@@ -110,7 +124,9 @@ def test_nan_from_the_model_is_no_accuracy(accelerator):
     model, images, targets = case()
     with torch.no_grad():
         model.fc.bias.fill_(math.nan)
-    metrics = Classification()(model, batches_of(images, targets, 10), accelerator, list("abcdefg")).metrics
+    metrics = Classification()(
+        Supervised(model), {"val": batches_of(images, targets, 10)}.__getitem__, accelerator, list("abcdefg")
+    ).metrics
     assert metrics["top1"] == metrics["top5"] == 0.0
     assert math.isnan(metrics["loss"])
 
@@ -125,7 +141,10 @@ def _rank(rank: int, port: int, answers: str) -> None:
     model, images, targets = case()
     mine = slice(0, 15) if rank == 0 else slice(15, 23)
     evaluation = Classification()(
-        model, batches_of(images[mine], targets[mine], 8), Accelerator(cpu=True), list("abcdefg")
+        Supervised(model),
+        {"val": batches_of(images[mine], targets[mine], 8)}.__getitem__,
+        Accelerator(cpu=True),
+        "abcdefg",
     )
     torch.save((evaluation.metrics, evaluation.count, evaluation.arrays["confusion"].tolist()), f"{answers}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -139,7 +158,9 @@ def test_two_processes_with_unequal_shares_equal_one(accelerator, tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
     model, images, targets = case()
-    one = Classification()(model, batches_of(images, targets, 8), accelerator, list("abcdefg"))
+    one = Classification()(
+        Supervised(model), {"val": batches_of(images, targets, 8)}.__getitem__, accelerator, list("abcdefg")
+    )
     for rank in (0, 1):
         metrics, count, confusion = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert count == 23

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,23 +13,17 @@ from torch import nn
 
 from vitexp.errors import UserError
 from vitexp.metrics import ClassificationMeter
-from vitexp.types import Batch
+from vitexp.types import Batch, Evaluation, Method
 
 # The matrix is (k, k) int64 on the device and once more in the all-reduce: 32 MB at this size, 3.8 GB for ImageNet-21k.
 CONFUSION_LIMIT = 2048
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluator found. Metrics carry no split in their names: the caller adds `val/`."""
-
-    metrics: dict[str, float]
-    arrays: dict[str, np.ndarray]
-    count: int  # pictures the figures stand on, over all ranks: equals the size of the split when each counted once
-
-
 class Classification:
     """Evaluator of class predictions. `topk` names the metrics top1, top5, ...; `calibration` adds ece."""
+
+    needs_labels: ClassVar[bool] = True
+    reads_train: ClassVar[bool] = False
 
     def __init__(self, *, topk: Sequence[int] = (1, 5), calibration: bool = True) -> None:
         if not topk or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in topk):
@@ -37,15 +31,18 @@ class Classification:
         self.topk, self.calibration = tuple(topk), calibration
 
     def __call__(
-        self, model: nn.Module, batches: Iterable[Batch], accelerator: Accelerator, classes: Sequence[str]
+        self,
+        method: Method,
+        batches: Callable[[str], Iterable[Batch]],
+        accelerator: Accelerator,
+        classes: Sequence[str],
     ) -> Evaluation:
         """Metrics top1, top5, mean_class_accuracy, ece as fractions 0..1 and loss in nats; arrays confusion (true by
         predicted, up to 2048 classes), per_class_accuracy (nan where a class does not occur), counts, and calibration:
         rows of pictures, right ones and mean confidence (nan of none) in equal bins of confidence.
 
-        `model` is unwrapped and gives logits (b, classes). `batches` yields this rank's share, normalised and on the
-        device, each picture once over all ranks; shares may differ in length, for ranks meet only after the loop.
-        Raises UserError for pictures without a class or with one the model lacks, and for an empty split."""
+        The backbone gives logits (b, classes). Raises UserError for pictures without a class or with one the model
+        lacks, and for an empty split."""
         meter = ClassificationMeter(
             len(classes),
             topk=self.topk,
@@ -53,8 +50,9 @@ class Classification:
             confusion=len(classes) <= CONFUSION_LIMIT,
             device=accelerator.device,
         )
+        model = method.backbone
         with evaluation_mode(model):
-            for batch in batches:
+            for batch in batches("val"):
                 # Not around the loop: what the loader makes and keeps must not become an inference tensor.
                 with torch.inference_mode(), accelerator.autocast():
                     logits = model(batch.images)
