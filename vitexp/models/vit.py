@@ -29,6 +29,7 @@ NormPlace = Literal["before_pool", "after_pool"]
 Gelu = Literal["erf", "tanh"]
 PositionEmbedding = Literal["learned"]
 Init = Literal["jax", "timm"]
+HeadNorm = Literal["none", "batch"]
 AttentionPath = Literal["auto", "fused", "explicit"]
 
 # Standard deviation of a new head's weights; biases are zero. zero: ViT appendix B.1.1. timm: its default.
@@ -42,10 +43,12 @@ class VisionTransformer(nn.Module):
     Sizes are one number or (height, width) in pixels. `pool="mean"` averages the patch tokens, never the class token.
     `norm="before_pool"` normalises every token (the JAX code, also for its `gap`); `"after_pool"` normalises the pooled
     vector, as MAE's fine-tuning does, under the names `fc_norm.*`. `representation_dim` puts the pretraining head's
-    hidden fc-tanh layer before the classifier. `dropout` follows the position embedding, the attention's output and
-    both dense layers of the MLP; `drop_path` grows linearly from 0 at the first block to its value at the last.
-    `layer_scale` is the starting value of LayerScale, None leaves it out. `attention_scale` replaces
-    1/sqrt(head width). `num_classes=0` leaves the classifier out. Raises UserError for what does not fit together."""
+    hidden fc-tanh layer before the classifier. `head_norm="batch"` normalises what the classifier reads over the batch,
+    without scale and shift, as MAE's linear probe does; the classifier is then `head.1.*`. `dropout` follows the
+    position embedding, the attention's output and both dense layers of the MLP; `drop_path` grows linearly from 0 at
+    the first block to its value at the last. `layer_scale` is the starting value of LayerScale, None leaves it out.
+    `attention_scale` replaces 1/sqrt(head width). `num_classes=0` leaves the classifier out. Raises UserError for what
+    does not fit together."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class VisionTransformer(nn.Module):
         pool: Pool = "cls",
         norm: NormPlace = "before_pool",
         representation_dim: int | None = None,
+        head_norm: HeadNorm = "none",
         gelu: Gelu = "erf",
         norm_eps: float = 1e-6,
         qkv_bias: bool = True,
@@ -96,6 +100,7 @@ class VisionTransformer(nn.Module):
         self.norm_place = one_of("model.norm", norm, get_args(NormPlace))
         self.position_embedding = one_of("model.position_embedding", position_embedding, get_args(PositionEmbedding))
         self.init = one_of("model.init", init, get_args(Init))
+        self.head_norm = one_of("model.head_norm", head_norm, get_args(HeadNorm))
         self.gelu = one_of("model.gelu", gelu, get_args(Gelu))
         self.gradient_checkpointing = flag("model.gradient_checkpointing", gradient_checkpointing)
         if not flag("model.class_token", class_token) and self.pool == "cls":
@@ -143,7 +148,7 @@ class VisionTransformer(nn.Module):
             # Named as in timm up to 0.4, whose ImageNet-21k files hold this layer.
             layers: OrderedDict[str, nn.Module] = OrderedDict(fc=nn.Linear(width, representation_dim), act=nn.Tanh())
             self.pre_logits = nn.Sequential(layers)
-        self.head: nn.Module = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head = self._new_head()
         self.init_weights()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -210,12 +215,16 @@ class VisionTransformer(nn.Module):
         mae_finetune or mae_linear_probe. Raises UserError."""
         std = HEAD_INITS[one_of("init", init, tuple(HEAD_INITS))]
         self.num_classes = whole("num_classes", num_classes, at_least=0)
+        self.head = self._new_head().to(self.pos_embed)
+        _init_linear(self.head, std=std)
+
+    def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
-            self.head = nn.Identity()
-            return
-        like = self.pos_embed
-        self.head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
-        _init_head(self.head, std=std)
+            return nn.Identity()
+        linear = nn.Linear(self.num_features, self.num_classes)
+        if self.head_norm == "none":
+            return linear
+        return nn.Sequential(nn.BatchNorm1d(self.num_features, affine=False, eps=1e-6), linear)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -231,7 +240,7 @@ class VisionTransformer(nn.Module):
         | head           | 0                                        | truncated N(0, 0.02); bias 0 |
         """
         for module in self.modules():
-            if isinstance(module, (nn.LayerNorm, LayerScale)):
+            if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, LayerScale)):
                 module.reset_parameters()
         _init_jax(self) if self.init == "jax" else _init_timm(self)
 
@@ -258,14 +267,11 @@ def _init_jax(model: VisionTransformer) -> None:
     for hidden in model.pre_logits.modules():
         if isinstance(hidden, nn.Linear):
             _lecun_normal(hidden)
-    if isinstance(model.head, nn.Linear):
-        _init_head(model.head, std=0.0)
+    _init_linear(model.head, std=0.0)
 
 
 def _init_timm(model: VisionTransformer) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            _init_head(module, std=0.02)
+    _init_linear(model, std=0.02)
     model.patch_embed.proj.reset_parameters()
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=1e-6)
@@ -280,10 +286,14 @@ def _lecun_normal(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _init_head(layer: nn.Linear, *, std: float) -> None:
-    if std > 0:
-        nn.init.trunc_normal_(layer.weight, std=std)
-    else:
-        nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+def _init_linear(module: nn.Module, *, std: float) -> None:
+    """Every linear layer in it: weights of a normal cut at +-2, or zero; biases zero."""
+    for layer in module.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if std > 0:
+            nn.init.trunc_normal_(layer.weight, std=std)
+        else:
+            nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
