@@ -29,17 +29,28 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def patches(self, images: Tensor) -> Tensor:
-        """(b, n, c * ph * pw) pixels of every patch, channel slowest, as the weight's columns are ordered."""
+    def patches(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(b, n, c * ph * pw) pixels of every patch, channel slowest, as the weight's columns are ordered.
+
+        With `keep` (b, m) those of the patches named alone, in that order."""
         height, width = self.patch_size
-        return rearrange(images, "b c (gh ph) (gw pw) -> b (gh gw) (c ph pw)", ph=height, pw=width)
+        if keep is None:
+            return rearrange(images, "b c (gh ph) (gw pw) -> b (gh gw) (c ph pw)", ph=height, pw=width)
+        grid = rearrange(images, "b c (gh ph) (gw pw) -> b gh gw c ph pw", ph=height, pw=width)
+        return pick_patches(grid, keep).flatten(2)
 
     def project(self, patches: Tensor) -> Tensor:
         """(b, n, d) tokens of the patches given, any number of them."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.patches(images))
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        return self.project(self.patches(images, keep))
+
+
+def pick_patches(grid: Tensor, keep: Tensor) -> Tensor:
+    """(b, m, ...) of (b, gh, gw, ...) at the raster positions `keep` (b, m); of a view only these are copied."""
+    batch = torch.arange(keep.shape[0], device=keep.device)[:, None]
+    return grid[batch, keep // grid.shape[2], keep % grid.shape[2]]
 
 
 class Attention(nn.Module):
