@@ -46,16 +46,19 @@ class Allowed:
     above: bool = False  # low itself is not allowed
     whole: bool = False
     none: bool = False  # null is allowed
+    word: str | None = None  # so is this one
 
     def describe(self) -> str:
         kind = "a whole number" if self.whole else "a number"
         low = "" if self.low == -math.inf else f" {'above' if self.above else 'of at least'} {self.low:g}"
         high = "" if self.high == math.inf else f"{' and' if low else ''} at most {self.high:g}"
-        return f"{kind}{low}{high}{', or null' if self.none else ''}"
+        return f"{kind}{low}{high}{', or null' if self.none else ''}{f', or {self.word}' if self.word else ''}"
 
     def holds(self, value: Any) -> bool:
         if value is None:
             return self.none
+        if isinstance(value, str):
+            return value == self.word
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         if self.whole and not isinstance(value, int):
@@ -70,8 +73,10 @@ FRACTION = Allowed(0, 1)
 RATE = Allowed(0, above=True, none=True)
 RANGES: dict[str, Allowed] = {
     "seed": Allowed(0, 2**63 - 1, whole=True),
+    "stage.train_blocks": Allowed(0, whole=True, word="all"),
     "train.epochs": Allowed(0, above=True, none=True),
     "train.max_steps": COUNT_OR_NULL,
+    "train.fraction": Allowed(0, 1, above=True),
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.clip_norm": RATE,
@@ -114,6 +119,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "runtime.precision": ("auto", "fp32", "bf16", "fp16"),
     "runtime.device": ("auto", "cpu", "cuda", "mps"),
     "stage.head": ("auto", "keep", "fresh"),
+    "stage.head_init": ("zero", "timm", "mae_finetune", "mae_linear_probe"),
     "stage.position_mode": (None, "jax", "mae", "timm"),
     "data.cache": ("auto", "memory", "none"),
 }

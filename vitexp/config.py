@@ -34,12 +34,16 @@ class StageConfig:
     needs_init: bool = False
     head: str = "auto"
     position_mode: str | None = None
+    head_init: str = "zero"
+    train_blocks: int | str = "all"
 
 
 @dataclass
 class TrainConfig:
     epochs: float | None = None
     max_steps: int | None = None
+    fraction: float = 1.0
+    classes: list[str] | None = None
     batch_size: int = 64
     accumulate: int = 1
     clip_norm: float | None = None

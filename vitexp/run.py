@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from vitexp.config import RunConfig, build
 from vitexp.costs import forward_gflops
-from vitexp.data.images import Source
+from vitexp.data.images import Source, keep_classes, keep_share
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
 from vitexp.mixing import BatchStep
@@ -65,7 +65,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     """Everything a run needs, on the CPU. The weights depend on the seed alone. Raises UserError.
 
     Without for_training the pictures to train on stay undecoded."""
-    source: Source = build(config.data["source"])
+    source = open_source(config)
     evaluators: dict[str, Evaluator] = build(config.evaluators)
     if any(evaluator.needs_labels for evaluator in evaluators.values()):
         source.require_labels()
@@ -127,6 +127,14 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         },
         notes=notes,
     )
+
+
+def open_source(config: RunConfig) -> Source:
+    """The data set as this run uses it: all of it, or the classes and the share of train that the settings name."""
+    source: Source = build(config.data["source"])
+    if config.train.classes is not None:
+        source = keep_classes(source, config.train.classes)
+    return keep_share(source, config.train.fraction)
 
 
 def model_arguments(config: RunConfig, *, num_classes: int) -> dict[str, Any]:

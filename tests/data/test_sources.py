@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.pictures import CLASSES, library, picture, write_folder, write_parquet
-from vitexp.data.images import Source, decode, stratified_split
+from vitexp.data.images import Source, decode, keep_classes, keep_share, stratified_split
 from vitexp.data.sources.digits import digits
 from vitexp.data.sources.fake import fake
 from vitexp.data.sources.folder import folder
@@ -383,3 +383,33 @@ def test_the_fingerprint_sees_names_labels_sizes_and_classes(tmp_path: Path) -> 
     (tmp_path / "cat").rename(tmp_path / "kit")
     seen.append(folder(str(tmp_path)).fingerprint())
     assert len(set(seen)) == 4
+
+
+def test_a_share_of_the_training_pictures_is_the_same_of_every_class_and_nested():
+    whole = digits()
+    tenth, fifth = keep_share(whole, 0.1), keep_share(whole, 0.2)
+    per_class = np.bincount(whole.train.labels)
+    assert np.bincount(tenth.train.labels).tolist() == [round(0.1 * count) for count in per_class]
+    assert set(tenth.train.names) < set(fifth.train.names) < set(whole.train.names)
+    assert tenth.val is whole.val
+    assert len({source.fingerprint() for source in (whole, tenth, fifth)}) == 3
+    assert any(str(len(tenth.train)) in note for note in tenth.notices)
+    assert keep_share(whole, 1.0) is whole
+    with pytest.raises(UserError, match=r"train\.fraction=0"):
+        keep_share(whole, 0)
+
+
+def test_some_classes_alone_are_numbered_anew_in_both_splits():
+    whole = digits()
+    some = keep_classes(whole, ["7", "2"])
+    assert some.classes == ["7", "2"]
+    for kept, of in ((some.train, whole.train), (some.val, whole.val)):
+        sevens = [name for name, label in zip(of.names, of.labels, strict=True) if label == 7]
+        assert [n for n, label in zip(kept.names, kept.labels, strict=True) if label == 0] == sevens
+        assert len(kept) == int(np.isin(of.labels, [2, 7]).sum())
+        where = list(of.names).index(kept.names[5])
+        np.testing.assert_array_equal(kept.read(5), of.read(where))
+    with pytest.raises(UserError, match="no class '77'"):
+        keep_classes(whole, ["7", "77"])
+    with pytest.raises(UserError, match="two classes"):
+        keep_classes(whole, ["7"])

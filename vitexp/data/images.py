@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vitexp.errors import BadImage, UserError
+from vitexp.errors import BadImage, UserError, nearest
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -197,6 +197,41 @@ def split_source(source: Source, *, val_fraction: float, split_seed: int) -> Sou
     """The source with its val split taken out of train; none for val_fraction=0."""
     train, val = stratified_split(source.train, val_fraction=val_fraction, split_seed=split_seed)
     return replace(source, train=Subset(source.train, train), val=Subset(source.train, val) if val.size else None)
+
+
+def keep_share(source: Source, fraction: float, *, split_seed: int = 0) -> Source:
+    """The source with this share of every class's training pictures, at least one; the validation split stays whole.
+
+    Chosen by name as in stratified_split, so a smaller share is part of a larger one."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"train.fraction={fraction} is not above 0 and at most 1")
+    if fraction == 1:
+        return source
+    _, kept = stratified_split(source.train, val_fraction=fraction, split_seed=split_seed)
+    note = f"train.fraction={fraction:g}: {len(kept):,} of {len(source.train):,} training pictures"
+    return replace(source, train=Subset(source.train, kept), notices=(*source.notices, note))
+
+
+def keep_classes(source: Source, classes: Sequence[str]) -> Source:
+    """The source with the pictures of these classes alone, in both splits, numbered in the order given."""
+    for name in classes:
+        if name not in source.classes:
+            raise UserError(
+                f"train.classes: data={source.name} has no class {name!r}.{nearest(name, source.classes)}\n"
+                f"classes: {listed(source.classes, limit=20)}"
+            )
+    if len(set(classes)) < max(len(classes), 2):
+        raise UserError(f"train.classes={list(classes)}: needs two classes or more, each once")
+    number = np.full(len(source.classes), -1, np.int64)
+    number[[source.classes.index(name) for name in classes]] = np.arange(len(classes))
+
+    def of_these(images: Images) -> Subset:
+        kept = Subset(images, np.flatnonzero((images.labels >= 0) & (number[images.labels] >= 0)))
+        kept.labels = number[kept.labels]
+        return kept
+
+    val = None if source.val is None else of_these(source.val)
+    return replace(source, train=of_these(source.train), val=val, classes=list(classes))
 
 
 def check_channels(channels: int) -> None:
