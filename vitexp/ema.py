@@ -42,7 +42,9 @@ class Ema:
                 raise UserError(f"ema needs float32 weights, {name} is {str(parameter.dtype).removeprefix('torch.')}")
         self.decay, self.warmup_power = decay, warmup_power
         self._model = model
-        self._parameters = dict(model.named_parameters())
+        # By the names of the state dict, which a module may choose to differ from those of named_parameters().
+        names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._parameters = {names[id(parameter)]: parameter for parameter in model.parameters()}
         self._average = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
