@@ -1,4 +1,4 @@
-"""PNG pictures of a run in one quiet style: curves, the confusion matrix, input pictures, attention, positions.
+"""PNG pictures of a run in one quiet style: curves, confusion matrix, inputs, attention, positions, reconstructions.
 
 matplotlib is imported when the first picture is drawn. Only its Figure objects are used and every setting is made on
 them: pyplot and rcParams are global, and would make two threads or a person's notebook disturb each other.
@@ -7,6 +7,7 @@ them: pyplot and rcParams are global, and would make two threads or a person's n
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,19 +39,20 @@ _WIDE_FONTS = (
 _MAX_POINTS = 2000  # a curve has fewer pixels than that
 _MAX_TILES, _FEW_TILES = 16, 8  # a side, of position_similarity: all of them, or so many of a larger grid
 _MAX_HEADS = 12  # of attention, side by side
+_HIDDEN = (203, 213, 226)  # a masked patch: no grey, for pictures may be grey
 _MAP = "viridis"  # of what is a map over a picture
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Loss, accuracy and learning rate over update steps, epochs on the top axis, from the rows of metrics.jsonl.
 
-    Draws every metric named `<part>/loss`, `<part>/top…` or accuracy, and `<part>/lr`;
+    Draws every metric named `<part>/loss`, `<part>/top…` (also knn_top…) or accuracy, and `<part>/lr`;
     a panel without a value is left out. Values that are not finite leave a gap."""
     panels = [
         (title, found)
         for title, belongs in (
             ("loss", lambda last: last == "loss" or last.endswith("_loss")),
-            ("accuracy", lambda last: last == "accuracy" or last[:3] == "top"),
+            ("accuracy", lambda last: last == "accuracy" or last.rpartition("_")[2][:3] == "top"),
             ("learning rate", lambda last: last == "lr"),
         )
         if (found := _series(rows, belongs))
@@ -80,6 +82,30 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     _step_axis(axes[-1], max((row["step"] for row in rows), default=0))
     _text(axes[-1].set_xlabel("update step"), colour=_SOFT)
     _epoch_axis(axes[0], rows)
+    return _save(figure, path)
+
+
+def lr_curve(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """The learning rate of a planned run over update steps, epochs on the top axis, its peak and its end told.
+
+    rows: step, epoch and lr, by step."""
+    height = 2.7
+    figure = _figure(6.4, height)
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.42 / height, top=1 - 0.62 / height)
+    _quiet(ax)
+    steps, rates = np.array([(row["step"], row["lr"]) for row in rows], np.float64).T
+    top = int(rates.argmax())
+    _text(ax.set_title("learning rate", loc="left", pad=3), size=_TITLE)
+    place = f"{steps[top]:,.0f}".replace(",", " ")
+    label = f"peak {rates[top]:.4g} at update {place}, end {rates[-1]:.4g}"
+    ax.plot(steps, rates, color=_COLOURS[0], lw=1.4, label=label)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{value:.3g}"))
+    _legend(ax)
+    _step_axis(ax, int(steps[-1]))
+    _text(ax.set_xlabel("update step"), colour=_SOFT)
+    _epoch_axis(ax, rows)
     return _save(figure, path)
 
 
@@ -547,3 +573,103 @@ def _save(figure: Figure, path: str | Path, *, cut: bool = True) -> Path:
         edges = "tight" if cut else None
         figure.savefig(beside, format="png", dpi=_DPI, bbox_inches=edges, pad_inches=0.09, metadata={"Software": None})
     return path
+
+
+def reconstructions(
+    path: str | Path,
+    *,
+    originals: np.ndarray,
+    predictions: np.ndarray,
+    masks: np.ndarray,
+    losses: np.ndarray,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    means: np.ndarray | None = None,
+    stds: np.ndarray | None = None,
+) -> Path:
+    """A row for each picture of a masked autoencoder: original, masked, reconstruction, pasted, and each patch's loss.
+
+    originals and predictions (n, c, h, w) are normalised with the data's pixel_mean and pixel_std; masks (n, gh, gw)
+    are 1 where a patch was hidden, losses (n, gh, gw) share one scale. pasted: the hidden patches as reconstructed, the
+    others from the original. means and stds (n, gh, gw) of the true patches are of a model that predicts pixels
+    normalised by them (norm_pix_loss); they show what the model was not told, so the words above say so."""
+    number, channels, rows, columns = originals.shape
+    grid = masks.shape[1:]
+    assert predictions.shape == originals.shape, (predictions.shape, originals.shape)
+    assert masks.shape == losses.shape == (number, *grid), (masks.shape, losses.shape)
+    assert number, "no pictures"
+    hidden = _over_pixels(masks, (rows, columns)) > 0.5
+    told = means is not None and stds is not None
+    if told:
+        predictions = predictions * _over_pixels(stds, (rows, columns)) + _over_pixels(means, (rows, columns))
+    original, restored = (_uint8(values, pixel_mean, pixel_std) for values in (originals, predictions))
+    if channels != 3:
+        original, restored = (c[:, :3] if channels > 3 else c[:, :1].repeat(3, axis=1) for c in (original, restored))
+    covered = np.where(hidden, np.uint8(_HIDDEN).reshape(1, 3, 1, 1), original)
+    cells = [np.moveaxis(c, 1, -1) for c in (original, covered, restored, np.where(hidden, restored, original))]
+    highest = float(losses.max(initial=0, where=np.isfinite(losses)))
+
+    note = " (with the patches' true mean and std)" if told else ""
+    words = ["original", "masked", f"reconstruction{note}", f"pasted{note}", f"loss of a patch: 0 to {highest:.3g}"]
+    largest = max(rows, columns)
+    side, gap = 1.1 if largest <= 128 else 1.4, 0.09
+    cell_w, cell_h = side * max(0.5, columns / largest), side * rows / largest
+    lines = [textwrap.wrap(word, int(cell_w * 72 / (0.53 * _SMALL))) for word in words]
+    top = 0.1 + 0.125 * max(map(len, lines))
+    width, height = len(words) * (cell_w + gap) + gap, number * (cell_h + gap) + top
+    figure = _figure(width, height)
+    for row in range(number):
+        for column, word in enumerate(lines):
+            x, y = gap + column * (cell_w + gap), height - top - row * (cell_h + gap) - cell_h
+            ax = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
+            cell = cells[column][row] if column < len(cells) else losses[row]
+            smooth = "antialiased" if column < len(cells) and largest > 128 else "nearest"
+            # The limits are of no effect on a picture in colour.
+            ax.imshow(cell, cmap=_MAP, vmin=0, vmax=max(highest, 1e-12), interpolation=smooth, aspect="auto")
+            ax.set_axis_off()
+            if row == 0:
+                _text(ax.set_title("\n".join(word), pad=2.5), size=_SMALL, colour=_SOFT)
+    return _save(figure, path, cut=False)
+
+
+def _over_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(n, 1, h, w) from a value a patch (n, gh, gw): each for all pixels of its patch."""
+    rows, columns = (pixels // count for pixels, count in zip(size, values.shape[1:], strict=True))
+    return np.asarray(values).repeat(rows, axis=1).repeat(columns, axis=2)[:, None]
+
+
+def _uint8(pictures: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Pixels (n, c, h, w) from normalised ones; beyond black and white is cut off, what is not finite is black."""
+    scale, shift = (np.asarray(values, np.float64).reshape(1, -1, 1, 1) for values in (std, mean))
+    return np.nan_to_num((pictures * scale + shift) * 255, nan=0).round().clip(0, 255).astype(np.uint8)
+
+
+def by_epoch(
+    runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: str | Path, *, title: str, percent: bool = True
+) -> Path:
+    """One line for each name over epochs: its (epoch, value) points; of several seeds their mean in a band of least and
+    most. percent: values are shares of 1."""
+    height = 3.0
+    figure = _figure(6.4, height)
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.45 / height, top=1 - 0.4 / height)
+    _quiet(ax)
+    _text(ax.set_title(title, loc="left", pad=3), size=_TITLE)
+    _text(ax.set_xlabel("epoch"), colour=_SOFT)
+    for number, (name, seeds) in enumerate(runs.items()):
+        tables = [np.array(sorted(points), np.float64) for points in seeds]
+        shortest = min(map(len, tables))
+        epochs = tables[0][:shortest, 0]
+        values = np.stack([table[:shortest, 1] for table in tables])
+        mean, colour = values.mean(axis=0), _COLOURS[number % len(_COLOURS)]
+        shown = f"{100 * mean[-1]:.2f} %" if percent else f"{mean[-1]:.4g}"
+        if len(tables) > 1:
+            ax.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, lw=0)
+            shown += f" (mean of {len(tables)})"
+        marker = "o" if shortest <= 40 else None
+        ax.plot(epochs, mean, color=colour, lw=1.4, marker=marker, ms=2.6, label=f"{name}  {shown}")
+    if percent:
+        ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{100 * value:g} %"))
+    if runs:
+        _legend(ax)
+    return _save(figure, path)
