@@ -21,14 +21,22 @@ OPTIONS = [f"{group}={name}" for group, names in config_groups().items() for nam
 GROUPS = ("stage", "method", "model", "optim", "schedule", "data", "augment", "evaluators", "runtime", "tracking")
 # What an option needs before it can run at all.
 NEEDS = {
-    "stage=finetune": lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))],
     "data=folder": lambda folder: [f"data.root={folder}"],
     "data=parquet": lambda folder: [f"data.train={_file(folder / 'train.parquet')}"],
     "data=hf": lambda folder: ["data.name=owner/name"],
 }
+STAGES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in conf_dir().glob("stage/*")}
+AFTER_ANOTHER = [name for name, stage in STAGES.items() if stage["needs_init"]]
 EXPERIMENTS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in conf_dir().glob("experiment/*")}
-FROM_WEIGHTS = [name for name, preset in EXPERIMENTS.items() if {"override /stage": "finetune"} in preset["defaults"]]
-NEEDS |= {f"experiment={name}": NEEDS["stage=finetune"] for name in FROM_WEIGHTS}
+FROM_WEIGHTS = [
+    name
+    for name, preset in EXPERIMENTS.items()
+    if any(part.get("override /stage") in AFTER_ANOTHER for part in preset["defaults"])
+]
+NEEDS |= {
+    option: lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))]
+    for option in [*(f"stage={name}" for name in AFTER_ANOTHER), *(f"experiment={name}" for name in FROM_WEIGHTS)]
+}
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
 SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
 

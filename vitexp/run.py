@@ -18,6 +18,7 @@ from vitexp.data.images import Source, keep_classes, keep_share
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
 from vitexp.mixing import BatchStep
+from vitexp.models.freeze import freeze
 from vitexp.models.weights import load_weights
 from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
@@ -98,11 +99,14 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
     notes = [*source.notices, train_data.note, *([val_data.note] if val_data is not None else [])]
-    stage = config.stage
+    stage, fresh = config.stage, ()
     if config.init_from is not None:
-        notes.append(
-            str(load_weights(backbone, Path(config.init_from), head=stage.head, position_mode=stage.position_mode))
-        )
+        loaded = load_weights(backbone, Path(config.init_from), head=stage.head, position_mode=stage.position_mode)
+        notes.append(str(loaded))
+        fresh = loaded.missing
+        if loaded.head == "fresh":
+            backbone.reset_head(backbone.num_classes, init=stage.head_init)
+    freeze(backbone, stage.train_blocks, fresh=fresh)
     return Run(
         config=config,
         source=source,
