@@ -120,6 +120,16 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
         assert (np.abs(difference) <= 2).all(), share
 
 
+def test_without_retry_a_crop_is_drawn_once_and_cut_to_the_picture() -> None:
+    """MAE's linear probe: sides from one area and one aspect, each at most the picture's, then a uniform position."""
+    crop, height, width = ResizedCropFlip(16, retry=False), 40, 100
+    u = np.array([[1.0, 0.0, 0.5, 0.5, 0.0], [1.0, 1.0, 0.5, 0.5, 0.0], [0.25, 0.5, 0.999, 0.0, 0.0]])
+    # All of the picture at 3:4, 73 x 55 cut to 40 x 55; at 4:3, 55 x 73 cut to 40 x 73; 31 % of it, square, 35 x 35.
+    expected = [[0, 23, 40, 55], [0, 14, 40, 73], [5, 0, 35, 35]]
+    assert crop.boxes(height, width, u).tolist() == expected
+    assert crop.num_uniforms == u.shape[1]
+
+
 def test_a_crop_that_cannot_fit_is_the_largest_central_one() -> None:
     transform, u = ResizedCropFlip(16, area=(0.9, 1.0)), uniforms(0, 0, np.arange(50), ResizedCropFlip.num_uniforms)
     assert (transform.boxes(400, 10, u) == [193, 0, 13, 10]).all()

@@ -128,7 +128,7 @@ class ResizedCropFlip:
 
     The draw is torchvision's RandomResizedCrop: area uniform in a share of the picture, aspect log-uniform; of ten
     tries the first that fits, else the largest central crop within the aspect range. MAE pretrains with
-    area=[0.2, 1]."""
+    area=[0.2, 1]. `retry=False`: one try, its sides cut to the picture's, as MAE's linear probe draws it."""
 
     num_uniforms = 2 * _TRIES + 3
 
@@ -138,6 +138,7 @@ class ResizedCropFlip:
         *,
         area: Sequence[float] = (0.08, 1.0),
         aspect: Sequence[float] = (3 / 4, 4 / 3),
+        retry: bool = True,
         flip: float = 0.5,
         interpolation: Interpolation = "bicubic",
         resizer: Resizer = "torch",
@@ -147,14 +148,18 @@ class ResizedCropFlip:
         if len(aspect) != 2 or not 0 < aspect[0] <= aspect[1]:
             raise UserError(f"aspect={list(aspect)} is not [least, most] with 0 < least <= most")
         self.size, self.area, self.aspect, self.flip = _height_width(image_size), area, aspect, _probability(flip)
+        self.retry, self.tries = retry, _TRIES if retry else 1
+        self.num_uniforms = 2 * self.tries + 3
         self.resized = {"interpolation": interpolation, "resizer": resizer}
 
     def boxes(self, height: int, width: int, u: np.ndarray) -> np.ndarray:
         """(b, 4) whole numbers top, left, height, width within a picture of that size."""
-        area = height * width * (self.area[0] + (self.area[1] - self.area[0]) * u[:, :_TRIES])
+        area = height * width * (self.area[0] + (self.area[1] - self.area[0]) * u[:, : self.tries])
         low, high = np.log(self.aspect[0]), np.log(self.aspect[1])
-        aspect = np.exp(low + (high - low) * u[:, _TRIES : 2 * _TRIES])
+        aspect = np.exp(low + (high - low) * u[:, self.tries : 2 * self.tries])
         tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+        if not self.retry:
+            tall, wide = np.minimum(tall, height), np.minimum(wide, width)
         fits = (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
         first, rows = fits.argmax(axis=1), np.arange(len(u))
         crop_h, crop_w = tall[rows, first], wide[rows, first]
