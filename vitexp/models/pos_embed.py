@@ -78,18 +78,33 @@ def infer_grid(num_patches: int, *, like: Grid) -> Grid:
     return rows * times, columns * times
 
 
-def sincos_pos_embed(grid: tuple[int, int], dim: int, *, num_prefix_tokens: int = 0) -> Tensor:
+def sincos_pos_embed(grid: Grid, dim: int, *, num_prefix_tokens: int = 0) -> Tensor:
     """float64 (num_prefix_tokens + h*w, dim): MAE's fixed embedding, zeros for the prefix. arXiv:2111.06377, section 3.
 
     Of each patch in raster order [sin, cos] of its column, then of its row, at frequencies 10000^(-i / (dim / 4)).
     timm's and MoCo v3's have other orders or frequencies. Raises UserError unless 4 divides dim."""
     if dim % 4:
         raise UserError(f"a sine-cosine position embedding of width {dim}: 4 does not divide it")
-    height, width = grid
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
-    )
-    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    table = _of_grid(grid, dim // 4, steps=dim // 4)
     return torch.cat([torch.zeros(num_prefix_tokens, dim, dtype=torch.float64), table])
+
+
+def big_vision_pos_embed(grid: Grid, dim: int) -> Tensor:
+    """float64 (h*w, dim): the fixed embedding of big_vision and MoCo v3; no class token has a row. arXiv:2205.01580.
+
+    As MAE's, but at frequencies 10000^(-i / (dim / 4 - 1)). Raises UserError unless 4 divides dim, from 8 on."""
+    if dim % 4 or dim < 8:
+        raise UserError(f"a big_vision position embedding of width {dim}: a multiple of 4 from 8 on is needed")
+    return _of_grid(grid, dim // 4, steps=dim // 4 - 1)
+
+
+def sincos(positions: Tensor, count: int, *, steps: int) -> Tensor:
+    """float64 (m, 2 * count): sines, then cosines of m positions at frequencies 10000^(-i / steps), i below count."""
+    frequencies = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / steps)
+    angles = positions.double()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _of_grid(grid: Grid, count: int, *, steps: int) -> Tensor:
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    return torch.cat([sincos(places.flatten(), count, steps=steps) for places in (columns, rows)], dim=1)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,13 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from vitexp.errors import UserError
 from vitexp.models.checks import divides, flag, fraction, height_width, one_of, positive, whole
 from vitexp.models.layers import ATTENTION_PATHS, Block, PatchEmbed
+from vitexp.models.pos_embed import big_vision_pos_embed, sincos_pos_embed
 from vitexp.types import Features
 
 Pool = Literal["cls", "mean"]
 NormPlace = Literal["before_pool", "after_pool"]
 Gelu = Literal["erf", "tanh"]
-PositionEmbedding = Literal["learned"]
-Init = Literal["jax", "timm"]
+PositionEmbedding = Literal["learned", "sincos", "sincos_big_vision"]
+Init = Literal["jax", "timm", "mae"]
 HeadNorm = Literal["none", "batch"]
 AttentionPath = Literal["auto", "fused", "explicit"]
 
@@ -47,8 +49,11 @@ class VisionTransformer(nn.Module):
     without scale and shift, as MAE's linear probe does; the classifier is then `head.1.*`. `dropout` follows the
     position embedding, the attention's output and both dense layers of the MLP; `drop_path` grows linearly from 0 at
     the first block to its value at the last. `layer_scale` is the starting value of LayerScale, None leaves it out.
-    `attention_scale` replaces 1/sqrt(head width). `num_classes=0` leaves the classifier out. Raises UserError for what
-    does not fit together."""
+    `attention_scale` replaces 1/sqrt(head width). `num_classes=0` leaves the classifier out.
+
+    `position_embedding`: learned; sincos, MAE's fixed table, a frozen parameter with a row of zeros for the class
+    token; or sincos_big_vision, that of the better plain ViT baseline, a buffer outside the state dict without such a
+    row. Raises UserError for what does not fit together."""
 
     def __init__(
         self,
@@ -114,7 +119,14 @@ class VisionTransformer(nn.Module):
         # ---- embedding -------------------------------------------------------------------------------------------
         width, num_patches = self.embed_dim, self.grid_size[0] * self.grid_size[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + num_patches, width))
+        # Rows of the table before the first patch's.
+        self.prefix_positions = 0 if self.position_embedding == "sincos_big_vision" else self.num_prefix_tokens
+        positions = torch.empty(1, self.prefix_positions + num_patches, width)
+        self.pos_embed: Tensor
+        if self.position_embedding == "sincos_big_vision":
+            self.register_buffer("pos_embed", positions, persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(positions, requires_grad=self.position_embedding == "learned")
         self.patch_embed = PatchEmbed(patch_size=self.patch_size, in_channels=self.in_channels, embed_dim=width)
         self.pos_drop = nn.Dropout(rate)
 
@@ -152,27 +164,28 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     # ---- forward -------------------------------------------------------------------------------------------------
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(b, patches, d) patch tokens with their positions added, in raster order, without class token.
 
+        With `keep` (b, m), raster positions, (b, m, d) of these patches in that order, and only these are computed.
         Raises UserError for pictures of another size or number of channels than the model was built for."""
         if tuple(images.shape[1:]) != (self.in_channels, *self.image_size):
             given = "x".join(str(side) for side in images.shape[1:])
             wanted = "x".join(str(side) for side in (self.in_channels, *self.image_size))
             raise UserError(f"pictures are {given} but model.in_channels and model.image_size make it {wanted}")
-        return self.patch_embed(images) + self.pos_embed[:, self.num_prefix_tokens :]
+        positions = self.pos_embed[:, self.prefix_positions :]
+        if keep is not None:
+            positions = F.embedding(keep, positions[0])
+        return self.patch_embed(images, keep) + positions
 
     def encode(self, tokens: Tensor) -> Features:
         """Features of any patch tokens from `embed`, as many as are left of them and in any order.
 
         The class token joins here with its own position, after whatever was done to the patches."""
         if self.cls_token is not None:
-            cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-            tokens = torch.cat([cls, tokens], dim=1)
-        tokens = self.pos_drop(tokens)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+            cls = self.cls_token + self.pos_embed[:, :1] if self.prefix_positions else self.cls_token
+            tokens = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        tokens = run_blocks(self.blocks, self.pos_drop(tokens), recompute=self.gradient_checkpointing and self.training)
         tokens = self.norm(tokens)
         if self.cls_token is None:
             return Features(cls=None, patches=tokens)
@@ -228,21 +241,36 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws every parameter anew from torch's global generator.
+        """Draws every parameter anew from torch's global generator; fixed position embeddings are computed.
 
-        | parameter      | init=jax (the official ViT)              | init=timm                    |
-        | patch weight   | lecun normal, cut at 2 sigma; bias 0     | torch's convolution default  |
-        | class token    | 0                                        | N(0, 1e-6)                   |
-        | positions      | N(0, 0.02)                               | truncated N(0, 0.02)         |
-        | q, k, v, out   | xavier uniform of each d x d; bias 0     | truncated N(0, 0.02); bias 0 |
-        | MLP            | xavier uniform; bias N(0, 1e-6)          | truncated N(0, 0.02); bias 0 |
-        | pre_logits     | lecun normal; bias 0                     | truncated N(0, 0.02); bias 0 |
-        | head           | 0                                        | truncated N(0, 0.02); bias 0 |
+        | parameter    | init=jax (the official ViT)  | init=timm                   | init=mae                   |
+        | patch weight | lecun normal, cut at 2 sigma | torch's convolution default | xavier uniform of d x c*p² |
+        | patch bias   | 0                            | torch's convolution default | torch's default            |
+        | class token  | 0                            | N(0, 1e-6)                  | N(0, 0.02)                 |
+        | positions    | N(0, 0.02)                   | truncated N(0, 0.02)        | N(0, 0.02) where learned   |
+        | q, k, v      | xavier uniform of each d x d | truncated N(0, 0.02)        | xavier uniform of 3d x d   |
+        | out, MLP     | xavier uniform               | truncated N(0, 0.02)        | xavier uniform             |
+        | pre_logits   | lecun normal                 | truncated N(0, 0.02)        | xavier uniform             |
+        | head         | 0                            | truncated N(0, 0.02)        | truncated N(0, 2e-5)       |
+        | their biases | 0, but N(0, 1e-6) in the MLP | 0                           | 0                          |
         """
         for module in self.modules():
             if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, LayerScale)):
                 module.reset_parameters()
-        _init_jax(self) if self.init == "jax" else _init_timm(self)
+        {"jax": _init_jax, "timm": _init_timm, "mae": _init_mae}[self.init](self)
+        if self.position_embedding == "sincos":
+            table = sincos_pos_embed(self.grid_size, self.embed_dim, num_prefix_tokens=self.num_prefix_tokens)
+            self.pos_embed.copy_(table)
+        elif self.position_embedding == "sincos_big_vision":
+            self.pos_embed.copy_(big_vision_pos_embed(self.grid_size, self.embed_dim))
+
+
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, *, recompute: bool) -> Tensor:
+    """Tokens after every block; `recompute` keeps no activations within a block but computes them again backward."""
+    recompute = recompute and torch.is_grad_enabled()
+    for block in blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+    return tokens
 
 
 def _init_jax(model: VisionTransformer) -> None:
@@ -276,6 +304,25 @@ def _init_timm(model: VisionTransformer) -> None:
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=1e-6)
     nn.init.trunc_normal_(model.pos_embed, std=0.02)
+
+
+def _init_mae(model: VisionTransformer) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            xavier(module)
+    _init_linear(model.head, std=HEAD_INITS["mae_finetune"])
+    model.patch_embed.proj.reset_parameters()
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))  # a view: the convolution is a matrix here
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token, std=0.02)
+    nn.init.normal_(model.pos_embed, std=0.02)
+
+
+def xavier(layer: nn.Linear) -> None:
+    """Xavier uniform weights of the whole matrix, packed queries, keys and values as one; bias 0."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _lecun_normal(layer: nn.Linear | nn.Conv2d) -> None:
