@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,17 +53,18 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
+    average: int = 0  # the EMA's copy of the parameters
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.average
 
 
-def state_bytes(model: nn.Module, *, optimizer_slots: int) -> StateBytes:
+def state_bytes(model: nn.Module, *, optimizer_slots: int, averaged: bool = False) -> StateBytes:
     """Bytes of weights, gradients and optimizer state; activations come on top and depend on the batch.
 
     optimizer_slots: tensors the optimizer keeps for every weight, 2 for Adam and AdamW, 1 for SGD with momentum,
-    0 without. Frozen parameters have neither gradient nor slot."""
+    0 without. Frozen parameters have neither gradient nor slot. averaged: an EMA keeps a copy of every parameter."""
 
     def size(tensors: Sequence[nn.Parameter]) -> int:
         return FLOAT32_BYTES * sum(tensor.numel() for tensor in tensors)
@@ -70,4 +75,52 @@ def state_bytes(model: nn.Module, *, optimizer_slots: int) -> StateBytes:
         weights=size(parameters) + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         gradients=size(trained),
         optimizer=optimizer_slots * size(trained),
+        average=size(parameters) if averaged else 0,
     )
+
+
+def training_gflops(method: nn.Module, make_inputs: Callable[[torch.device], Sequence[Any]]) -> float:
+    """10^9 operations, counted as by forward_gflops, of a training step's forward and backward for all of its inputs.
+
+    method: anything whose output has a `loss`, on the meta device. `make_inputs` gives its arguments on that device.
+    About three times the forward where everything trains, less where the first layers are frozen."""
+    method = copy.deepcopy(method).train()  # takes the gradients
+    with FlopCounterMode(display=False) as counter:
+        method(*make_inputs(torch.device("meta"))).loss.backward()
+    return counter.get_total_flops() / 1e9
+
+
+def activation_bytes(
+    module: nn.Module,
+    make_inputs: Callable[[torch.device], Sequence[Any]],
+    *,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> int:
+    """Bytes that a forward in training keeps for its backward, each storage once, weights and buffers left out.
+
+    Under autocast (its dtype; None: float32) the weights' low-precision copies count, for they stay until the backward.
+    What lives for a moment only does not, nor what gradient checkpointing makes again.
+
+    Nothing is computed and no memory used: tensors are fake ones of `device`, whose kernels decide what is kept (fused
+    attention keeps no probabilities). `module` is on the meta device; `make_inputs` gives its arguments on the device
+    it is called with."""
+    module = copy.deepcopy(module).train()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that its address is not used again
+        return tensor
+
+    low = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    with FakeTensorMode():
+        fake = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+        with low, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = functional_call(module, fake, tuple(make_inputs(device)))
+        del output
+        own = {tensor.untyped_storage()._cdata for tensor in fake.values()}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)

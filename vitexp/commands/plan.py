@@ -1,67 +1,235 @@
-"""`python -m vitexp plan [overrides]`: what a run would be, without training. Its parameters, arithmetic, memory, steps
-and learning rates, as text."""
+"""`python -m vitexp plan [overrides]` or `plan run=<run> [overrides]`: what a run would be, without training.
+
+Its parameters, arithmetic, memory, steps and learning rates as text, and its time from a short probe: `probe=true`
+measures a large model, too, `probe=false` none. `plot=<file.png>` draws the learning rate. `run` is a run folder, the
+weights it exported, or mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vitexp.config import build, compose_and_check
-from vitexp.costs import TRAIN_TO_FORWARD, count_parameters, forward_gflops, state_bytes
+from vitexp import plots, tracking
+from vitexp.commands.predict import store_of_training
+from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
+from vitexp.costs import (
+    StateBytes,
+    activation_bytes,
+    count_parameters,
+    forward_gflops,
+    state_bytes,
+    training_gflops,
+)
+from vitexp.data.batch_transforms import normalise
+from vitexp.data.memory import available_memory, cores
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
+from vitexp.errors import UserError
 from vitexp.horizon import Horizon, plan_horizon, preview
+from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
-from vitexp.run import model_arguments
+from vitexp.probe import Speed, matrix_gflops, measure_speed
+from vitexp.reports import OUTPUTS
+from vitexp.run import model_arguments, open_source
+from vitexp.runtime import make_accelerator
 from vitexp.schedules import Schedule
+from vitexp.seeding import derive_seed
+from vitexp.trained import load_run
+from vitexp.types import Batch, Method, Progress
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+KEYS = ("run", "uri", "probe", "plot")
 IMAGENET_CLASSES = 1000  # what published parameter counts are made with
 TABLE_ROWS = 11
 BAR_WIDTH = 40
+PAGE_WIDTH = 110
+CURVE_POINTS = 1000
+PROBE_S = 10.0
+UNASKED_S = 2.0  # a forward and backward estimated to take longer is measured only on demand
+OF_MATRIX_SPEED = 0.25  # what training a ViT usually reaches of a large matrix product's arithmetic, for that estimate
 
 
 def main(arguments: list[str], config_dir: str | None) -> int:
     """Prints the plan of the run that these overrides describe. The data set is opened to count it, not read."""
-    config = compose_and_check(arguments, config_dir)
-    source = build(config.data["source"])
-    architecture = model_arguments(config, num_classes=len(source.classes))
-    size = architecture["image_size"]
+    pairs = [text.partition("=")[::2] for text in arguments]
+    given = {key: value for key, value in pairs if key in KEYS}
+    overrides = [text for text, (key, _) in zip(arguments, pairs, strict=True) if key not in KEYS]
+    probe, plot = _probe(given.get("probe")), _picture(given.get("plot"))
+    if "run" not in given:
+        if "uri" in given:
+            raise UserError(f"uri={given['uri']}: says where run=mlflow:<run id> is; there is no run= here")
+        return plan(compose_and_check(overrides, config_dir), probe=probe, plot=plot)
+    folder, weights, overrides = locate(given["run"], given.get("uri"), overrides)
+    if (folder / RAW_NAME).exists() or weights is None:
+        return plan(reload(folder, overrides), probe=probe, plot=plot)
+    asked = [*overrides, *(f"{key}={given[key]}" for key in ("probe", "plot") if key in given)]
+    if asked:
+        raise UserError(f"{asked[0]}: {folder} holds weights without the settings of their run, so nothing to train by")
+    return plan_weights(folder, weights)
 
-    def model_with_classes(count: int) -> nn.Module:
+
+def locate(run: str, uri: str | None, overrides: list[str]) -> tuple[Path, str | None, list[str]]:
+    """The run's folder, the name of the weights if the folder has such a file or one was named, and the overrides left.
+
+    A run in MLflow is fetched as `evaluate` fetches it. Raises UserError."""
+    run_id, place = tracking.run_id_of(run), Path(run).expanduser()
+    if run_id is not None:
+        stores = [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
+        overrides = [text for text in overrides if not text.startswith("tracking.uri=")]
+        store = uri or (stores[-1] if stores else store_of_training())
+        return *tracking.fetch(run_id, root=OUTPUTS, uri=store, needed=[RAW_NAME]), overrides
+    if uri is not None:
+        raise UserError(f"uri={uri}: says where run=mlflow:<run id> is; run={run} is a path")
+    if place.is_dir():
+        return place, "model.safetensors" if (place / "model.safetensors").exists() else None, overrides
+    if place.is_file() and place.suffix == ".safetensors":
+        return place.parent, place.name, overrides
+    wrong = "is no run folder and no exported weights (.safetensors)" if place.exists() else "there is no such run"
+    raise UserError(f"run={run}: {wrong}")
+
+
+def plan_weights(folder: Path, weights: str) -> int:
+    """Prints what exported weights alone can tell."""
+    trained = load_run(folder, weights=weights)
+    height, width = trained.preprocessing["image_size"]
+    _show("weights", f"{folder / weights}, of stage {trained.stage}")
+    _show("parameters", f"{count_parameters(trained.model):,} with {len(trained.classes):,} classes")
+    _show("forward", _forward(trained.model, (height, width), trained.preprocessing["channels"]))
+    _show("memory", f"weights {_size(state_bytes(trained.model, optimizer_slots=0).weights)}")
+    _show("training", "not known: the settings of the run are not beside its weights; give the run's own folder")
+    return 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run's parts, its modules on the meta device."""
+
+    config: RunConfig
+    architecture: dict[str, Any]
+    method: Method
+    image_size: tuple[int, int]
+    num_train: int
+    horizon: Horizon
+    batch_size: int  # of a forward on one process, at most the pictures there are
+    lr: float  # the peak
+    schedule: Schedule
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures of a full update, over all processes and accumulated forwards."""
+        return self.batch_size * self.config.runtime.processes * self.config.train.accumulate
+
+    @property
+    def in_channels(self) -> int:
+        return self.architecture.get("in_channels", 3)
+
+    @property
+    def num_classes(self) -> int:
+        return self.architecture["num_classes"]
+
+    def model_with_classes(self, count: int) -> nn.Module:
+        """The model as published, before a method or stage changes it."""
         with torch.device("meta"):
-            return build({**architecture, "num_classes": count})
+            return build({**self.architecture, "num_classes": count})
 
+    def inputs(self, device: torch.device, *, pictures: int) -> tuple[Batch, Progress]:
+        """Of a forward in training, their values left undefined."""
+        images = torch.empty(pictures, self.in_channels, *self.image_size, device=device)
+        numbers = torch.empty(pictures, dtype=torch.long, device=device)
+        return Batch(images, targets=numbers, index=numbers), self.horizon.progress(0)
+
+
+def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = None) -> int:
+    """Prints a page about the run that the settings describe. All but the time is counted on the meta device.
+
+    probe: as the command's; None: where a forward is estimated to be short. plot: PNG of the learning rate."""
+    planned = prepare(config)
+    settings, processes = config.train, config.runtime.processes
+    threads = config.runtime.threads or (max(1, cores() // processes) if processes > 1 else None)
+    accelerator = make_accelerator(precision=config.runtime.precision, device=config.runtime.device, threads=threads)
+    try:
+        held = state_bytes(
+            planned.method,
+            optimizer_slots=slots_of(build(config.optim["optimizer"]), weight_decay=config.optim["weight_decay"]),
+            averaged=settings.ema_decay is not None,
+        )
+        activations = activation_bytes(
+            planned.method,
+            lambda device: planned.inputs(device, pictures=planned.batch_size),
+            autocast=autocast_of(accelerator),
+            device=accelerator.device,
+        )
+        # Two pictures: batch norm refuses one where nothing else is left to average over.
+        each = training_gflops(planned.method, lambda device: planned.inputs(device, pictures=2)) / 2
+        horizon, seen = planned.horizon, pictures_of(planned)
+        _show("options", " ".join(f"{group}={option}" for group, option in config.choices.items()))
+        model = planned.model_with_classes(planned.num_classes)
+        _show("parameters", _parameters(model, planned))
+        _show("forward", _forward(model, planned.image_size, planned.in_channels))
+        _show("memory", _memory(held, activations, planned.batch_size, _precision(accelerator)))
+        _show("steps", _steps(horizon, planned.global_batch, planned.num_train))
+        _show(
+            "training", f"{seen:,} pictures seen, {each:.4g} GFLOPs each (forward and backward), {_flops(seen * each)}"
+        )
+        _show("peak lr", f"{planned.lr:.6g}")
+        _show("time", time_line(planned, accelerator, held, activations, each, probe=probe))
+    finally:
+        accelerator.end_training()
+    print()
+    print("\n".join(lr_table(planned.schedule, horizon, lr=planned.lr)))
+    if plot is not None:
+        print(f"\nthe learning rate is drawn in {plots.lr_curve(lr_rows(planned), plot)}")
+    return 0
+
+
+def prepare(config: RunConfig) -> Planned:
+    """What vitexp.run.build_run and vitexp.train.fit would make of the settings, without weights. Raises UserError."""
+    source = open_source(config)
+    if any(evaluator.needs_labels for evaluator in build(config.evaluators).values()):
+        source.require_labels()
+    architecture = model_arguments(config, num_classes=len(source.classes))
+    if "pretrained" in architecture:
+        architecture["pretrained"] = False  # nothing is downloaded: of weights only the number matters
     settings, processes = config.train, config.runtime.processes
     batch_size = effective_batch_size(len(source.train), settings.batch_size, processes)
-    horizon = plan_horizon(
-        micro_batches_per_epoch(len(source.train), settings.batch_size, processes),
-        accumulate=settings.accumulate,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-    )
-    global_batch = batch_size * processes * settings.accumulate
-    rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
-    make_optimizer = build(config.optim["optimizer"])
-    print("  ".join(f"{group}={option}" for group, option in config.choices.items()))
-    print(
-        plan(
-            model=model_with_classes(architecture["num_classes"]),
-            model_with_classes=model_with_classes,
-            num_classes=architecture["num_classes"],
-            image_size=size if isinstance(size, int) else (size[0], size[1]),
-            in_channels=architecture.get("in_channels", 3),
-            horizon=horizon,
-            lr=resolve_lr(**rates, global_batch=global_batch),
-            schedule=build(config.schedule),
-            global_batch=global_batch,
-            num_train=len(source.train),
-            optimizer_slots=slots_of(make_optimizer, weight_decay=config.optim["weight_decay"]),
+    size = architecture["image_size"]
+    with torch.device("meta"):
+        method = build_method(config, architecture)
+    return Planned(
+        config=config,
+        architecture=architecture,
+        method=method,
+        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        num_train=len(source.train),
+        horizon=plan_horizon(
+            micro_batches_per_epoch(len(source.train), batch_size, processes),
+            accumulate=settings.accumulate,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
         ),
-        end="",
+        batch_size=batch_size,
+        lr=resolve_lr(
+            **{key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")},
+            global_batch=batch_size * processes * settings.accumulate,
+        ),
+        schedule=build(config.schedule),
     )
-    return 0
+
+
+def build_method(config: RunConfig, architecture: dict[str, Any]) -> Method:
+    """The method around a fresh backbone, with what the stage freezes frozen."""
+    backbone = build(architecture)
+    method = build(config.method, backbone=backbone)
+    freeze(backbone, config.stage.train_blocks)
+    return method
 
 
 def slots_of(make_optimizer: Callable[..., Optimizer], *, weight_decay: float) -> int:
@@ -74,34 +242,92 @@ def slots_of(make_optimizer: Callable[..., Optimizer], *, weight_decay: float) -
     return sum(isinstance(value, Tensor) and value.shape == layer.weight.shape for value in kept)
 
 
-def plan(
-    *,
-    model: nn.Module,
-    model_with_classes: Callable[[int], nn.Module],
-    num_classes: int,
-    image_size: int | tuple[int, int],
-    in_channels: int,
-    horizon: Horizon,
-    lr: float,
-    schedule: Schedule,
-    global_batch: int,
-    num_train: int,
-    optimizer_slots: int = 2,
-) -> str:
-    """A page of text about the run that these would make. Everything is counted on the meta device, in a second.
+def autocast_of(accelerator: Accelerator) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
-    model_with_classes builds the same model for another number of classes: published counts are ImageNet's.
-    global_batch: pictures of a full update, over all processes and accumulated forwards.
-    lr: the resolved peak, which `schedule(progress, lr=lr)` scales. optimizer_slots: as in vitexp.costs.state_bytes."""
-    lines = [
-        ("parameters", _parameters(model, model_with_classes, num_classes)),
-        ("forward", _forward(model, image_size, in_channels)),
-        ("memory", _memory(model, optimizer_slots)),
-        ("steps", _steps(horizon, global_batch, num_train)),
-        ("training", _training(model, image_size, in_channels, horizon, global_batch, num_train)),
-        ("peak lr", f"{lr:.6g}"),
-    ]
-    return "\n".join([*(f"{name:<11} {text}" for name, text in lines), "", *lr_table(schedule, horizon, lr=lr)]) + "\n"
+
+def pictures_of(planned: Planned) -> int:
+    return pictures_seen(planned.horizon, global_batch=planned.global_batch, num_train=planned.num_train)
+
+
+# ---- Time --------------------------------------------------------------------------------------------------------
+
+
+def time_line(
+    planned: Planned, accelerator: Accelerator, held: StateBytes, activations: int, gflops: float, *, probe: bool | None
+) -> str:
+    """Pictures a second and the time of the whole run, measured, or why they were not. gflops: of a picture's step."""
+    if probe is False:
+        return "not measured (probe=false)"
+    rate = OF_MATRIX_SPEED * matrix_gflops(autocast_of(accelerator) or torch.float32, accelerator.device)
+    forward_s = planned.batch_size * gflops / rate
+    if probe is None and forward_s > UNASKED_S:
+        return (
+            f"not measured: {planned.batch_size:,} pictures' forward and backward might take {_lasting(forward_s)} "
+            f"here; probe=true measures fewer, in about {PROBE_S:.0f} s"
+        )
+    fitting = int(planned.batch_size * PROBE_S / 3 / forward_s)  # a round that does not count and two that do
+    batch_size = min(planned.batch_size, max(2, fitting))
+    needed, free = held.total + activations * batch_size // planned.batch_size, free_memory(accelerator.device)
+    if free is not None and needed > free:
+        return f"not measured: {batch_size:,} pictures need about {_size(needed)} of memory, {_size(free)} are free"
+    return _time(planned, accelerator, speed_of(planned, accelerator, batch_size))
+
+
+def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Speed:
+    """The measured speed of one process of the run with batches of so many pictures."""
+    config, device = planned.config, accelerator.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, planned.in_channels, *planned.image_size)
+    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, max(1, planned.num_classes), (batch_size,), generator=generator)
+    mix = None if config.augment["batch"] is None else build(config.augment["batch"])
+
+    def make_batch(number: int) -> Batch:
+        images = normalise(pictures.to(device), config.data["mean"], config.data["std"])
+        batch = Batch(images, targets.to(device), index=torch.arange(batch_size))
+        if mix is None:
+            return batch
+        return mix(batch, num_classes=planned.num_classes, seed=derive_seed(0, number))
+
+    method = build_method(config, planned.architecture).to(device)
+    grouping = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
+    return measure_speed(
+        method,
+        build_optimizer(build(config.optim["optimizer"]), method, lr=planned.lr, **grouping),
+        make_batch,
+        accelerator=accelerator,
+        clip_norm=config.train.clip_norm,
+        ema_decay=config.train.ema_decay,
+        seconds=PROBE_S,
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free where the model would be; None where the device does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() if device.type == "cpu" else None
+
+
+def _time(planned: Planned, accelerator: Accelerator, speed: Speed) -> str:
+    processes, pictures = planned.config.runtime.processes, pictures_of(planned)
+    seconds = speed.run_s(pictures=pictures // processes, updates=planned.horizon.num_updates)
+    place = f"{accelerator.device.type}, {_precision(accelerator)}"
+    if accelerator.device.type == "cpu":
+        place += f", threads {torch.get_num_threads()}"
+    text = (
+        f"{_lasting(seconds)} of updates at {pictures / seconds:,.4g} pictures/s ({place}; {speed.rounds} updates of "
+        f"{speed.batch_size:,} made-up pictures measured); reading pictures, evaluating and saving come on top"
+    )
+    if processes > 1:
+        text += f"; one process measured alone, {processes} taken to be as fast each"
+    if planned.config.runtime.compile:
+        text += "; measured without torch.compile"
+    return text
+
+
+# ---- Steps and learning rates ------------------------------------------------------------------------------------
 
 
 def pictures_seen(horizon: Horizon, *, global_batch: int, num_train: int) -> int:
@@ -133,31 +359,69 @@ def _first_top(schedule: Schedule, horizon: Horizon, *, lr: float) -> int:
     return max(near, key=lambda step: schedule(horizon.progress(step), lr=lr))
 
 
-def _parameters(model: nn.Module, model_with_classes: Callable[[int], nn.Module], num_classes: int) -> str:
-    total = count_parameters(model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def lr_rows(planned: Planned) -> list[dict[str, float]]:
+    """step, epoch and lr of updates all over the run, the first at the top rate among them."""
+    horizon, lr = planned.horizon, planned.lr
+    steps = {step for step, _ in preview(planned.schedule, horizon, lr=lr, points=CURVE_POINTS)}
+    steps.add(_first_top(planned.schedule, horizon, lr=lr))
+    at = [horizon.progress(step) for step in sorted(steps)]
+    return [{"step": p.step, "epoch": p.epoch, "lr": planned.schedule(p, lr=lr)} for p in at]
+
+
+# ---- Words -------------------------------------------------------------------------------------------------------
+
+
+def _probe(text: str | None) -> bool | None:
+    if text is None:
+        return None
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"probe={text}: expected true or false; without it small models are measured")
+    return text.lower() == "true"
+
+
+def _picture(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise UserError(f"plot={text}: expected the name of a .png file")
+    return path
+
+
+def _show(name: str, text: str) -> None:
+    indented = {"initial_indent": f"{name:<11} ", "subsequent_indent": " " * 12}
+    print(textwrap.fill(text, PAGE_WIDTH, break_on_hyphens=False, break_long_words=False, **indented), flush=True)
+
+
+def _parameters(model: nn.Module, planned: Planned) -> str:
+    total, num_classes = count_parameters(model), planned.num_classes
     text = f"{total:,} with {num_classes:,} classes"
-    if trained != total:
-        text += f", {trained:,} of them trained"
     if num_classes != IMAGENET_CLASSES:
-        text += f"; {count_parameters(model_with_classes(IMAGENET_CLASSES)):,} with ImageNet's 1,000"
+        text += f"; {count_parameters(planned.model_with_classes(IMAGENET_CLASSES)):,} with ImageNet's 1,000"
+    method = count_parameters(planned.method)
+    trained = sum(parameter.numel() for parameter in planned.method.parameters() if parameter.requires_grad)
+    if method != total:
+        text += f"; {method:,} with what the method adds and takes away"
+    if trained != method:
+        text += f"; {trained:,} of them trained"
     return text
 
 
-def _forward(model: nn.Module, image_size: int | tuple[int, int], in_channels: int) -> str:
+def _forward(model: nn.Module, image_size: tuple[int, int], in_channels: int) -> str:
     gflops = forward_gflops(model, image_size, in_channels)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return (
-        f"{gflops:.4g} GFLOPs a picture of {height}x{width}x{in_channels}, "
+        f"{gflops:.4g} GFLOPs a picture of {image_size[0]}x{image_size[1]}x{in_channels}, "
         f"that is {gflops / 2:.4g} G multiply-adds, which papers print as GFLOPs"
     )
 
 
-def _memory(model: nn.Module, optimizer_slots: int) -> str:
-    held = state_bytes(model, optimizer_slots=optimizer_slots)
+def _memory(held: StateBytes, activations: int, batch_size: int, precision: str) -> str:
+    parts = f"weights {_size(held.weights)} + gradients {_size(held.gradients)} + optimizer {_size(held.optimizer)}"
+    if held.average:
+        parts += f" + averaged weights {_size(held.average)}"
     return (
-        f"{_mib(held.total)} = weights {_mib(held.weights)} + gradients {_mib(held.gradients)} "
-        f"+ optimizer {_mib(held.optimizer)}, in float32 on every process; activations come on top"
+        f"{_size(held.total + activations)} on every process = {parts}, in fp32, "
+        f"+ activations {_size(activations)} ({batch_size:,} pictures, {precision})"
     )
 
 
@@ -171,21 +435,12 @@ def _steps(horizon: Horizon, global_batch: int, num_train: int) -> str:
     return text
 
 
-def _training(
-    model: nn.Module,
-    image_size: int | tuple[int, int],
-    in_channels: int,
-    horizon: Horizon,
-    global_batch: int,
-    num_train: int,
-) -> str:
-    pictures = pictures_seen(horizon, global_batch=global_batch, num_train=num_train)
-    each = TRAIN_TO_FORWARD * forward_gflops(model, image_size, in_channels)
-    return f"{pictures:,} pictures seen, about {each:.4g} GFLOPs each (forward and backward), {_flops(pictures * each)}"
+def _precision(accelerator: Accelerator) -> str:
+    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
-def _mib(number: int) -> str:
-    return f"{number / 2**20:,.1f} MiB"
+def _size(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
 
 
 def _flops(gflops: float) -> str:
@@ -194,3 +449,14 @@ def _flops(gflops: float) -> str:
             return f"{gflops:.3g} {unit} in all"
         gflops /= 1000
     return f"{gflops:.3g} EFLOPs in all"
+
+
+def _lasting(seconds: float) -> str:
+    """`0.8 s`, `45 s`, `12 min`, `3 h 5 min`, `2 d 4 h`: two figures, for nothing here is known better."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
