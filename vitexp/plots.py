@@ -605,7 +605,7 @@ def reconstructions(
     original, restored = (_uint8(values, pixel_mean, pixel_std) for values in (originals, predictions))
     if channels != 3:
         original, restored = (c[:, :3] if channels > 3 else c[:, :1].repeat(3, axis=1) for c in (original, restored))
-    covered = np.where(hidden, np.uint8(_HIDDEN).reshape(1, 3, 1, 1), original)
+    covered = np.where(hidden, np.array(_HIDDEN, np.uint8).reshape(1, 3, 1, 1), original)
     cells = [np.moveaxis(c, 1, -1) for c in (original, covered, restored, np.where(hidden, restored, original))]
     highest = float(losses.max(initial=0, where=np.isfinite(losses)))
 
