@@ -84,7 +84,8 @@ def load_weights(
     `head`: auto keeps the file's classifier when it fits, else the model's starts at zero (ViT appendix B.1.1); keep
     insists; fresh always starts at zero. The hidden fc-tanh layer of a pretraining head is dropped when the model has
     none, and the classifier then starts fresh, since it read other features; the same where the file normalises every
-    token and the model the pooled vector (`fc_norm`), as in MAE's fine-tuning.
+    token and the model the pooled vector (`fc_norm`), as in MAE's fine-tuning. A masked autoencoder takes the decoder
+    along where the file has one, else its own stays fresh and the report says so; other models leave it in the file.
     `position_mode` is jax, mae or timm; by default that of the file's family: npz jax, MAE pretraining mae, else timm.
     `grid` is the file's (rows, columns) of patches, needed only where its number of patches does not tell.
     Raises UserError when the file cannot be read or anything else is missing, left over or of another shape."""
@@ -99,9 +100,8 @@ def load_weights(
     file, run_grid = _resolve(Path(path).expanduser())
     state, family, wrapper = read_state_dict(file)
     notes = [f"weights under {wrapper!r}"] if wrapper else []
-    dropped = [key for key in state if _is_mae_decoder(key)]
-    for key in dropped:
-        del state[key]
+    dropped: list[str] = []
+    anew = _settle_decoder(state, own, dropped, notes)
 
     # ---- head ----------------------------------------------------------------------------------------------------
     # What the classifier reads comes from these two; where the file's are not the model's, they start fresh with it.
@@ -121,10 +121,12 @@ def load_weights(
 
     # ---- position embedding --------------------------------------------------------------------------------------
     mode = position_mode or _POSITION_MODE_OF[family]
-    resized = _settle_positions(model, state, own, notes, grid=grid or run_grid, mode=mode, file=file)
+    how = {"grid": grid or run_grid, "mode": mode, "file": file}
+    resized = _settle_positions("pos_embed", model, state, own, notes, **how)
+    _settle_positions("decoder_pos_embed", model, state, own, [], **how)  # has the same grids
 
     # ---- everything else must fit --------------------------------------------------------------------------------
-    fresh = [key for key in own if key not in state and (key.startswith(replaced) or key in classifier)]
+    fresh = [key for key in own if key not in state and (key.startswith(replaced + anew) or key in classifier)]
     missing = [key for key in own if key not in state and key not in fresh]
     unexpected = [key for key in state if key not in own]
     misshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
@@ -135,9 +137,11 @@ def load_weights(
     with torch.no_grad():
         for key, tensor in state.items():
             own[key].copy_(tensor)
+        learned = {key for key, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, nn.Parameter)}
         for key in classifier if not kept else ():
-            own[key].zero_()
-    if family == "jax" and getattr(model, "gelu", "tanh") == "erf":
+            if key in learned:  # a head's BatchNorm has statistics, which start at 0 and 1
+                own[key].zero_()
+    if family == "jax" and getattr(getattr(model, "encoder", model), "gelu", "tanh") == "erf":
         notes.append("trained with the tanh GELU while the model computes erf: model.gelu=tanh is exact")
     return LoadReport(
         path=str(file),
@@ -357,6 +361,30 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "head_prefixes", ("head.",)))
 
 
+def _settle_decoder(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: list[str], notes: list[str]
+) -> tuple[str, ...]:
+    """Drops a decoder that the model has no use for; how the names begin that a file leaves fresh in an autoencoder."""
+    of_file = [key for key in state if _is_mae_decoder(key)]
+    if not any(map(_is_mae_decoder, own)):
+        dropped += of_file
+        for key in of_file:
+            del state[key]
+        return ()
+    anew: tuple[str, ...] = ()
+    if not of_file:
+        notes.append("the file holds no decoder, so it starts fresh (MAE's official files with one end in _full.pth)")
+        anew = ("decoder", "mask_token")
+    if "fc_norm.weight" in state and "norm.weight" not in state:
+        # Fine-tuned: what it normalises is the pooled vector, not the tokens that the decoder reads.
+        notes.append("the file is a fine-tuned one, so the encoder's last norm starts fresh")
+        for key in ("fc_norm.weight", "fc_norm.bias"):
+            if state.pop(key, None) is not None:
+                dropped.append(key)
+        anew += ("norm.",)
+    return anew
+
+
 def _settle_pre_logits(state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: list[str]) -> bool:
     """Drops a hidden head layer that the model cannot take; True when the classifier then reads other features."""
     of_file = {key: state[key].shape for key in state if key.startswith("pre_logits.")}
@@ -379,6 +407,7 @@ def _settle_norm(state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: l
 
 
 def _settle_positions(
+    name: str,
     model: nn.Module,
     state: dict[str, Tensor],
     own: Mapping[str, Tensor],
@@ -388,13 +417,13 @@ def _settle_positions(
     mode: str,
     file: Path,
 ) -> Resized | None:
-    """Brings state["pos_embed"] to the model's grid, in place; None when it has that already."""
-    table, new_grid = state.get("pos_embed"), getattr(model, "grid_size", None)
-    if table is None or "pos_embed" not in own or new_grid is None or table.ndim != 3:
+    """Brings the table of this name in `state` to the model's grid, in place; None when it has that already."""
+    table, new_grid = state.get(name), getattr(model, "grid_size", None)
+    if table is None or name not in own or new_grid is None or table.ndim != 3:
         return None
     if ("cls_token" in state) != ("cls_token" in own):
         return None  # said below, in plainer words than a table of the wrong length would be
-    prefix = own["pos_embed"].shape[1] - new_grid[0] * new_grid[1]
+    prefix = own[name].shape[1] - new_grid[0] * new_grid[1]
     rows = table.shape[1]
     if prefix == 1 and _lacks_class_row(rows, grid=grid, like=new_grid):
         # deit3 and others give the class token no position: a row of zeros says the same in our table.
@@ -412,9 +441,7 @@ def _settle_positions(
             f"position embedding taken as {new_grid[0]}x{new_grid[1]} like the model's; if the file's pictures were "
             f"square, say grid=({side}, {side})"
         )
-    state["pos_embed"] = resize_pos_embed(
-        table, old_grid=old_grid, new_grid=new_grid, num_prefix_tokens=prefix, mode=mode
-    )
+    state[name] = resize_pos_embed(table, old_grid=old_grid, new_grid=new_grid, num_prefix_tokens=prefix, mode=mode)
     return (
         None
         if tuple(old_grid) == tuple(new_grid)
@@ -461,16 +488,20 @@ def _misfit(
     if misshaped:
         shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in misshaped]
         parts.append(f"{len(misshaped)} have another shape ({_some(shapes)})")
-    return f"{file} does not fit the model: " + ", ".join(parts) + _hint(own, missing, unexpected)
+    return f"{file} does not fit the model: " + ", ".join(parts) + _hint(own, missing, unexpected, misshaped)
 
 
-def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str]) -> str:
+def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
+    if all(map(_is_mae_decoder, missing + unexpected + misshaped)):
+        return "\nOnly the decoder differs: load_weights(model.encoder, ...) loads the encoder alone"
     if "cls_token" in missing:
         return "\nThe file has no class token: model.class_token=false model.pool=mean"
     if "cls_token" in unexpected:
         return "\nThe file has a class token: model.class_token=true"
     if "norm.weight" in missing and "fc_norm.weight" in unexpected:
         return "\nThe file normalises after pooling: model.pool=mean model.norm=after_pool"
+    if missing + unexpected == ["pos_embed"]:
+        return f"\nmodel.position_embedding={'sincos_big_vision' if missing else 'learned'} would fit"
     if all(key.endswith("qkv.bias") for key in unexpected + missing):
         return f"\nOnly one of the two has q, k, v biases: model.qkv_bias={str(bool(unexpected)).lower()}"
     return ""
