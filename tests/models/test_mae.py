@@ -66,7 +66,7 @@ def test_forward_equals_the_official_one(golden: dict, precision: str) -> None:
     order = model.order(images, golden["noise"])
     assert torch.equal(order[:, :4], golden["ids_keep"])
     assert torch.equal(order.argsort(1), golden["ids_restore"])
-    features = model.encoder.encode(model.encoder.embed(images, order[:, :4]))
+    features = model.see(images, order)
     close(torch.cat([features.cls[:, None], features.patches], dim=1), golden[f"{precision}/latent"], precision)
     found = model(images, golden["noise"])
     close(found.prediction, golden[f"{precision}/pred"], precision)

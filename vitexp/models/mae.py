@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitexp.errors import UserError
 from vitexp.masking import MASKINGS, check_masking
 from vitexp.models.checks import divides, flag, fraction, one_of, positive, whole
-from vitexp.models.layers import Block, pick_patches
+from vitexp.models.layers import Block, Linear, pick_patches
 from vitexp.models.pos_embed import sincos_pos_embed
 from vitexp.models.vit import VisionTransformer, run_blocks, xavier
 from vitexp.types import Features
@@ -77,7 +77,7 @@ class MaskedAutoencoder(nn.Module):
         self.num_prefix_tokens: int = encoder.num_prefix_tokens
         norm_layer = partial(nn.LayerNorm, eps=NORM_EPS)
         height, width = encoder.patch_size
-        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.decoder_embed = Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         positions = torch.empty(1, self.num_prefix_tokens + self.num_patches, decoder_dim)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -86,7 +86,7 @@ class MaskedAutoencoder(nn.Module):
             for _ in range(whole("decoder_depth", decoder_depth))
         )
         self.decoder_norm = norm_layer(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, height * width * encoder.in_channels)
+        self.decoder_pred = Linear(decoder_dim, height * width * encoder.in_channels)
         self.init_decoder()
         self.register_state_dict_post_hook(_without_encoder_prefix)
         self.register_load_state_dict_pre_hook(_with_encoder_prefix)
