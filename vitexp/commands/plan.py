@@ -51,6 +51,7 @@ IMAGENET_CLASSES = 1000  # what published parameter counts are made with
 TABLE_ROWS = 11
 BAR_WIDTH = 40
 PAGE_WIDTH = 110
+TIED = "\xa0"  # a space at which no line is broken
 CURVE_POINTS = 1000
 PROBE_S = 10.0
 UNASKED_S = 2.0  # a forward and backward estimated to take longer is measured only on demand
@@ -390,7 +391,8 @@ def _picture(text: str | None) -> Path | None:
 
 def _show(name: str, text: str) -> None:
     indented = {"initial_indent": f"{name:<11} ", "subsequent_indent": " " * 12}
-    print(textwrap.fill(text, PAGE_WIDTH, break_on_hyphens=False, break_long_words=False, **indented), flush=True)
+    filled = textwrap.fill(text, PAGE_WIDTH, break_on_hyphens=False, break_long_words=False, **indented)
+    print(filled.replace(TIED, " "), flush=True)
 
 
 def _parameters(model: nn.Module, planned: Planned) -> str:
@@ -416,12 +418,17 @@ def _forward(model: nn.Module, image_size: tuple[int, int], in_channels: int) ->
 
 
 def _memory(held: StateBytes, activations: int, batch_size: int, precision: str) -> str:
-    parts = f"weights {_size(held.weights)} + gradients {_size(held.gradients)} + optimizer {_size(held.optimizer)}"
+    parts = [f"weights {_size(held.weights)}", f"gradients {_size(held.gradients)}"]
+    parts.append(f"optimizer {_size(held.optimizer)}")
     if held.average:
-        parts += f" + averaged weights {_size(held.average)}"
+        parts.append(f"averaged weights {_size(held.average)}")
+    parts[-1] += ", in fp32,"
+    parts.append(f"activations {_size(activations)}")
+    total = f"{_size(held.total + activations)} on every process = "
     return (
-        f"{_size(held.total + activations)} on every process = {parts}, in fp32, "
-        f"+ activations {_size(activations)} ({batch_size:,} pictures, {precision})"
+        total
+        + " ".join(f"+ {part}".replace(" ", TIED) for part in parts).removeprefix(f"+{TIED}")
+        + (f" ({batch_size:,} pictures, {precision})")
     )
 
 
