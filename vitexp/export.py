@@ -19,6 +19,7 @@ from vitexp.errors import UserError
 from vitexp.run_folder import atomic_file, make_folder, write_atomic
 
 FORMAT = 1
+WHOLE_NAME = "autoencoder.safetensors"  # of a method that learns more than its backbone
 # What evaluation does to a picture: mean and std are of pixels in 0..1, the rest are arguments of ResizeCenterCrop, of
 # which others may be given as well.
 PREPROCESSING_KEYS = ("image_size", "mean", "std", "crop_fraction", "interpolation", "channels")
@@ -63,6 +64,17 @@ def export_model(
         "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
     }
     write_atomic(description_of(path), json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def export_whole(run_dir: str | Path, state_dict: Mapping[str, Tensor]) -> Path:
+    """Writes `autoencoder.safetensors`: encoder and decoder under their official names, for load_weights."""
+    path = make_folder(Path(run_dir)) / WHOLE_NAME
+    try:
+        with atomic_file(path) as beside:
+            save_file(_separate(state_dict), beside, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     return path
 
 

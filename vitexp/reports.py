@@ -26,7 +26,7 @@ from vitexp.data.batch_transforms import normalise
 from vitexp.data.loader import train_batches
 from vitexp.data.sampler import Position
 from vitexp.errors import UserError
-from vitexp.export import export_model
+from vitexp.export import export_model, export_whole
 from vitexp.horizon import Horizon
 from vitexp.progress import Display
 from vitexp.run import Run
@@ -38,6 +38,7 @@ from vitexp.types import Progress
 log = logging.getLogger("vitexp")
 
 OUTPUTS = Path("outputs")  # MLflow's default database lies here, so that all runs started from one place compare
+RESTORED = "val/reconstruction_"  # arrays of vitexp.evaluators.reconstruction
 PICTURES_EVERY_S = 60.0
 INPUTS_SHOWN, ATTENDED = 24, 5  # pictures in inputs.png and in attention.png
 MIXED = 0.1  # share of a class in a mixed picture from which on it is named: above what label smoothing gives
@@ -126,9 +127,11 @@ class Books(NoBooks):
         self.mirror = run.make_mirror(
             folder,
             root=OUTPUTS,
-            run_name=folder.name,
+            run_name=folder.name if run.config.group is None else f"{run.config.group}/{folder.name}",
             params={**run.config.resolved, "derived": facts},
-            tags=tracking.run_tags(folder, stage=run.config.stage.name, model=run.model_name, data=run.source.name),
+            tags=tracking.run_tags(
+                folder, stage=run.config.stage.name, model=run.model_name, data=run.source.name, group=run.config.group
+            ),
             dataset=tracking.DataFingerprint(
                 name=run.source.name,
                 digest=run.source.fingerprint(),
@@ -160,6 +163,14 @@ class Books(NoBooks):
         self._row(at, metrics)
         self.last_metrics = metrics
         log.info("step %d  epoch %.2f  %s", at.step, at.epoch, _said(metrics))
+        restored = {name: array for name, array in arrays.items() if name.startswith(RESTORED)}
+        if restored:  # one file an evaluation, to see them become clearer
+            plots.reconstructions(
+                self.folder / "plots" / "reconstructions" / f"epoch_{at.epoch:06.1f}.png",
+                pixel_mean=self.run.preprocessing["mean"],
+                pixel_std=self.run.preprocessing["std"],
+                **{name.removeprefix(RESTORED): array for name, array in restored.items()},
+            )
         # A picture takes a quarter of a second: the last ones always, those on the way now and then.
         if at.step == self.facts["total_steps"] or time.monotonic() - self.drawn_at > PICTURES_EVERY_S:
             self.drawn_at = time.monotonic()
@@ -208,6 +219,8 @@ class Books(NoBooks):
     def finish(self, state: State) -> dict[str, Any]:
         """Leaves the weights, summary.json and curves, and hands everything to MLflow. Returns the summary."""
         self.export(self.last_metrics, filename="model.safetensors")
+        if self.run.method.whole is not None:
+            export_whole(self.folder, self.run.method.whole.state_dict())
         rows = journal.read(self.journal.path)
         if not self.last_metrics:  # never evaluated, so never drawn
             plots.curves(rows, self.folder / "plots" / "curves.png")
@@ -364,9 +377,12 @@ class Speedometer:
 
 def farewell(folder: Path, summary: dict[str, Any], ui_line: str) -> None:
     """The result, on standard output: what a script or a person looks for at the end."""
-    lines = [
-        f"result      {_said({k: v for k, v in summary.items() if k in ('val/top1', 'val/loss', 'val_ema/top1')})}"
-    ]
+    told = {
+        name: value
+        for name, value in summary.items()
+        if name == "val/loss" or (name.startswith("val") and name.endswith("top1"))
+    }
+    lines = [f"result      {_said(told)}"]
     lines = lines if lines[0].strip() != "result" else [f"result      {summary['step']} updates made"]
     lines += [f"run folder  {folder}", f"curves      {folder / 'plots' / 'curves.png'}"]
     if ui_line:

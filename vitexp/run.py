@@ -68,6 +68,13 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     Without for_training the pictures to train on stay undecoded."""
     source = open_source(config)
     evaluators: dict[str, Evaluator] = build(config.evaluators)
+    unlabelled_notes = []
+    if not source.classes and any(not evaluator.needs_labels for evaluator in evaluators.values()):
+        left_out = [name for name, evaluator in evaluators.items() if evaluator.needs_labels]
+        evaluators = {name: evaluator for name, evaluator in evaluators.items() if name not in left_out}
+        unlabelled_notes = (
+            [f"evaluators left out, for no picture has a label: {', '.join(left_out)}"] if left_out else []
+        )
     if any(evaluator.needs_labels for evaluator in evaluators.values()):
         source.require_labels()
     cache, ranks = config.data["cache"], config.runtime.processes
@@ -98,10 +105,17 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     seed_everything(config.seed)
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
-    notes = [*source.notices, train_data.note, *([val_data.note] if val_data is not None else [])]
+    notes = [*source.notices, *unlabelled_notes, train_data.note, *([val_data.note] if val_data is not None else [])]
+    method: Method = build(config.method, backbone=backbone)
+    architecture["num_classes"] = getattr(
+        backbone, "num_classes", architecture["num_classes"]
+    )  # mae takes the head off
+    if mix is not None and not architecture["num_classes"]:
+        raise UserError("augment.batch mixes labels, and this method learns none: give augment.batch=null")
     stage, fresh = config.stage, ()
     if config.init_from is not None:
-        loaded = load_weights(backbone, Path(config.init_from), head=stage.head, position_mode=stage.position_mode)
+        into = backbone if method.whole is None else method.whole
+        loaded = load_weights(into, Path(config.init_from), head=stage.head, position_mode=stage.position_mode)
         notes.append(str(loaded))
         fresh = loaded.missing
         if loaded.head == "fresh":
@@ -115,7 +129,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         reference_data=reference_data,
         mix=mix,
         backbone=backbone,
-        method=build(config.method, backbone=backbone),
+        method=method,
         make_optimizer=build(config.optim["optimizer"]),
         schedule=build(config.schedule),
         evaluators=evaluators,

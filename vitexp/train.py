@@ -136,6 +136,8 @@ def fit(
         epochs=settings.epochs,
         max_steps=settings.max_steps,
     )
+    if not config.stage.trains:
+        horizon = replace(horizon, num_updates=0)
     eval_every = settings.eval_every or horizon.updates_per_epoch
     save_every = settings.save_every or horizon.updates_per_epoch
 
@@ -160,7 +162,7 @@ def fit(
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
     data = {key: torch.from_numpy(digest) for key, digest in run.source.digests().items()} if first else {}
-    state = State(run.method, optimizer, ema, accelerator.scaler, data=data)
+    state = State(run.method, optimizer, ema, accelerator.scaler, data=data, evaluated=config.stage.trains)
 
     # ---- Where it was -----------------------------------------------------------------------------------------------
     if found is not None:

@@ -60,6 +60,15 @@ class Method(nn.Module):
                 module.eval()
         return self
 
+    def logits(self, images: Tensor) -> Tensor:
+        """(b, k) what the classifier being learned says of pictures; UserError where the method learns none."""
+        return self.backbone(images)
+
+    @property
+    def whole(self) -> nn.Module | None:
+        """What is learned together with the backbone and worth loading and keeping with it, such as a decoder."""
+        return None
+
     def after_step(self, progress: Progress) -> None:
         """Called after every update; a teacher would move here."""
 

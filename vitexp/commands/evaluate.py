@@ -56,6 +56,8 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
     With a run folder its exported weights are taken, else those that the settings name."""
     import torch
 
+    from vitexp.export import WHOLE_NAME
+    from vitexp.models.weights import load_weights
     from vitexp.run import build_run
     from vitexp.runtime import make_accelerator
     from vitexp.train import measure
@@ -80,7 +82,9 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
                     f"{_differing(trained.classes, run.source.classes)}"
                 )
             run.backbone.load_state_dict(trained.model.state_dict())
-        run.backbone.to(accelerator.device)
+            if run.method.whole is not None:
+                load_weights(run.method.whole, run_dir / WHOLE_NAME)
+        run.method.to(accelerator.device)
         with torch.no_grad():
             metrics, arrays = measure(run, "val", accelerator=accelerator)
     finally:

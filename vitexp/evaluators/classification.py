@@ -20,15 +20,16 @@ CONFUSION_LIMIT = 2048
 
 
 class Classification:
-    """Evaluator of class predictions. `topk` names the metrics top1, top5, ...; `calibration` adds ece."""
+    """Evaluator of class predictions. `topk` names the metrics top1, top5, ...; `calibration` adds ece; `prefix` stands
+    before every name, as probe_ in probe_top1."""
 
     needs_labels: ClassVar[bool] = True
     reads_train: ClassVar[bool] = False
 
-    def __init__(self, *, topk: Sequence[int] = (1, 5), calibration: bool = True) -> None:
+    def __init__(self, *, topk: Sequence[int] = (1, 5), calibration: bool = True, prefix: str = "") -> None:
         if not topk or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in topk):
             raise UserError(f"evaluators.classification.topk={list(topk)}: allowed are whole numbers from 1, as [1, 5]")
-        self.topk, self.calibration = tuple(topk), calibration
+        self.topk, self.calibration, self.prefix = tuple(topk), calibration, prefix
 
     def __call__(
         self,
@@ -41,7 +42,7 @@ class Classification:
         predicted, up to 2048 classes), per_class_accuracy (nan where a class does not occur), counts, and calibration:
         rows of pictures, right ones and mean confidence (nan of none) in equal bins of confidence.
 
-        The backbone gives logits (b, classes). Raises UserError for pictures without a class or with one the model
+        The method gives logits (b, classes). Raises UserError for pictures without a class or with one the model
         lacks, and for an empty split."""
         meter = ClassificationMeter(
             len(classes),
@@ -50,12 +51,11 @@ class Classification:
             confusion=len(classes) <= CONFUSION_LIMIT,
             device=accelerator.device,
         )
-        model = method.backbone
-        with evaluation_mode(model):
+        with evaluation_mode(method):
             for batch in batches("val"):
                 # Not around the loop: what the loader makes and keeps must not become an inference tensor.
                 with torch.inference_mode(), accelerator.autocast():
-                    logits = model(batch.images)
+                    logits = method.logits(batch.images)
                     if logits.shape[-1] != len(classes):
                         raise UserError(f"the model has {logits.shape[-1]} outputs, the data {len(classes)} classes")
                     meter.add(logits, batch.targets)
@@ -85,7 +85,11 @@ class Classification:
             arrays["calibration"] = np.stack([part.numpy() for part in (bins.count, bins.right, bins.confidence)])
         if scores.confusion is not None:
             arrays["confusion"] = scores.confusion.numpy()
-        return Evaluation(metrics=metrics, arrays=arrays, count=scores.count)
+        return Evaluation(
+            metrics={self.prefix + name: value for name, value in metrics.items()},
+            arrays={self.prefix + name: value for name, value in arrays.items()},
+            count=scores.count,
+        )
 
 
 @contextmanager
