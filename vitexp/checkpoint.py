@@ -46,6 +46,7 @@ HARMLESS_KEYS = (
     "resume",
     "allow_changes",
     "debug",
+    "group",
     "tracking",
     "train.max_steps",
     "train.save_every",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train, evaluate, save and track one run (when no command is named)",
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
-    "plan": "parameters, GFLOPs, steps and learning rates of a run, without training it",
+    "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
@@ -30,6 +30,7 @@ EXAMPLES = (
     ("python -m vitexp", "a small ViT on scikit-learn's digits, a few minutes on a laptop"),
     ("python -m vitexp model=vit_huge optim=adam schedule=linear_warmup", "any model, optimizer and schedule"),
     ("python -m vitexp --multirun optim=adam,sgd seed=0,1,2", "a sweep, compared in the MLflow UI"),
+    ("python -m vitexp pipeline=mae", "pretrain without labels, k-NN, linear probe, finetune, from scratch, report"),
     ("python -m vitexp data=folder data.root=pictures model=vit_tiny", "your own pictures, one folder a class"),
     ("python -m vitexp predict run=outputs/… input=photos output=photos.csv", "a row a picture, by a finished run"),
     ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
@@ -71,9 +72,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
-    from vitexp.config import request_of
+    from vitexp.config import pipeline_settings, request_of
     from vitexp.launch import ranks_given, run_in_processes
 
+    if pipeline_settings(overrides, config_dir) is not None:
+        return importlib.import_module("vitexp.pipeline").main(overrides, config_dir)
     config = _checked(overrides, config_dir)
     if ranks_given():
         if not any(text.startswith("output_dir=") for text in overrides):

@@ -32,6 +32,7 @@ from vitexp.errors import UserError, nearest
 class StageConfig:
     name: str = "pretrain"
     needs_init: bool = False
+    trains: bool = True
     head: str = "auto"
     position_mode: str | None = None
     head_init: str = "zero"
@@ -75,6 +76,7 @@ class RunConfig:
     resume: str
     allow_changes: bool
     init_from: str | None
+    group: str | None
     stage: StageConfig
     train: TrainConfig
     runtime: RuntimeConfig
@@ -126,20 +128,8 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 
 def compose_and_check(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The settings of one run from its overrides. Raises UserError naming the key at fault, before building."""
-    register_resolvers()
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir {config_dir}: no such folder")
     parsed = parse_overrides(overrides)
-    groups = config_groups(config_dir)
-    choices = [o for o in parsed if o.key_or_group in groups]
-    for choice in choices:
-        name = choice.value()
-        known = groups[choice.key_or_group]
-        if choice.type is OverrideType.CHANGE and name is not None and str(name) not in known:
-            raise UserError(
-                f"{choice.key_or_group}={name}: no such option.{nearest(str(name), known)}\n"
-                f"{choice.key_or_group} has: {', '.join(known)}"
-            )
+    groups, choices = _group_overrides(parsed, config_dir)
     base = _compose([o.input_line or "" for o in choices], config_dir)
     defaults = _plain(base, resolve=False)
     del defaults["hydra"]
@@ -160,6 +150,37 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
     # What each value was before a person's overrides tells its kind (text, number, list) to the checks.
     composed = _compose(overrides, config_dir)
     return check(composed, choices=group_choices(composed), defaults=defaults)
+
+
+def pipeline_settings(overrides: list[str], config_dir: str | None = None) -> dict[str, Any] | None:
+    """The `pipeline` part of what these overrides compose, None for pipeline=none. Raises UserError."""
+    parsed = parse_overrides(overrides)
+    if not any(override.key_or_group in ("pipeline", "experiment") for override in parsed):
+        return None
+    _, choices = _group_overrides(parsed, config_dir)
+    of_it = [*choices, *(o for o in parsed if o.key_or_group.startswith("pipeline."))]
+    composed = _compose([o.input_line or "" for o in of_it], config_dir)
+    if group_choices(composed)["pipeline"] == "none":
+        return None
+    return _plain(composed.pipeline, resolve=False)
+
+
+def _group_overrides(parsed: list[Override], config_dir: str | None) -> tuple[dict[str, list[str]], list[Override]]:
+    """All groups with their options, and the overrides that choose one. Raises UserError for what is not there."""
+    register_resolvers()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder")
+    groups = config_groups(config_dir)
+    choices = [override for override in parsed if override.key_or_group in groups]
+    for choice in choices:
+        name = choice.value()
+        known = groups[choice.key_or_group]
+        if choice.type is OverrideType.CHANGE and name is not None and str(name) not in known:
+            raise UserError(
+                f"{choice.key_or_group}={name}: no such option.{nearest(str(name), known)}\n"
+                f"{choice.key_or_group} has: {', '.join(known)}"
+            )
+    return groups, choices
 
 
 def group_choices(composed: DictConfig) -> dict[str, str]:
@@ -193,7 +214,9 @@ def _all_keys(node: Any, groups: dict[str, list[str]], prefix: str = "") -> set[
 
 def check(config: DictConfig, *, choices: dict[str, str], defaults: dict[str, Any]) -> RunConfig:
     """The settings of one run, resolved and typed. Raises UserError before any data or model is touched."""
-    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    if choices.get("pipeline", "none") != "none":
+        raise UserError(f"pipeline={choices['pipeline']}: stages one after another are no single run: give one stage")
+    config = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "pipeline")])
     raw = _plain(config, resolve=False)
     for key, value in checks.leaves(raw):
         if value == "???":

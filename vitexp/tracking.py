@@ -150,7 +150,7 @@ def git_state(cwd: Path | str) -> dict[str, str]:
     return state
 
 
-def run_tags(run_dir: Path, *, stage: str, model: str, data: str) -> dict[str, str]:
+def run_tags(run_dir: Path, *, stage: str, model: str, data: str, group: str | None = None) -> dict[str, str]:
     """Tags by which runs are found and grouped: stage, model, data, git state, run folder, host, command."""
     git = git_state(Path.cwd())
     tags = {
@@ -158,6 +158,8 @@ def run_tags(run_dir: Path, *, stage: str, model: str, data: str) -> dict[str, s
         "run_dir": str(Path(run_dir).resolve()), "host": socket.gethostname(), "command": shlex.join(sys.argv),
         "mlflow.source.name": "vitexp", "mlflow.source.type": "LOCAL",
     }  # fmt: skip
+    if group is not None:
+        tags["vitexp.group"] = group  # a tag and not a parent run: nested runs leave MLflow's table and charts empty
     if "git.sha" in git:
         tags["mlflow.source.git.commit"] = git["git.sha"]
     return tags
