@@ -37,6 +37,7 @@ NEEDS |= {
     option: lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))]
     for option in [*(f"stage={name}" for name in AFTER_ANOTHER), *(f"experiment={name}" for name in FROM_WEIGHTS)]
 }
+TINY_ELSEWHERE = [name for name in EXPERIMENTS if name.startswith("mae_")]  # two steps of each in test_recipes.py
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
 SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
 
@@ -102,7 +103,8 @@ def vit_base_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in config_groups()["experiment"]]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS if n not in TINY_ELSEWHERE],
 )
 def test_an_experiment_runs_two_steps(name: str, workdir: Path, request: pytest.FixtureRequest) -> None:
     from vitexp.train import train

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from vitexp.config_paths import conf_dir, config_groups
 from vitexp.costs import count_parameters
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.horizon import Horizon, plan_horizon
+from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, parameter_groups, resolve_lr
 
 IMAGENET = 1_281_167
@@ -24,7 +27,14 @@ INCEPTION = {"area": [0.05, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "interpo
 PAD_4_OF_32 = {"padding": 0.125, "flip": 0.5}
 VIT_B16 = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "class_token": True, "pool": "cls"}
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": True}
+ADAM_MAE = ADAM | {"betas": (0.9, 0.95)}
 SGD = {"momentum": 0.9, "nesterov": False, "dampening": 0}
+VIT_L16 = VIT_B16 | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+VIT_H14 = VIT_B16 | {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+MAE_ENCODER = {"position_embedding": "sincos", "init": "mae", "norm": "before_pool", "qkv_bias": True, "drop_path": 0.0}
+MAE_TUNED = {"pool": "mean", "norm": "after_pool", "position_embedding": "learned", "head_norm": "none"}
+MAE_CROP = {"area": [0.08, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "retry": True, "interpolation": "bicubic"}
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @dataclass(frozen=True)
@@ -43,24 +53,99 @@ class Recipe:
     start: float = 0.0
     end: float = 0.0
     pins: dict[int, float] = field(default_factory=dict)  # update: rate, worked out by hand
+    in_epochs: tuple[int, int] | None = None  # warm-up and length, where the curve follows epochs and not updates
     # optimizer
     optimizer: str = "Adam"
     settings: dict[str, Any] = field(default_factory=lambda: ADAM)
     weight_decay: float = 0.0
     decayed: int = 0  # numbers that weight decay acts on: the kernels, or none
+    decayed_tokens: tuple[str, ...] = ()  # and these
+    layer_decay: float = 1.0
     clip: float | None = 1.0
+    ema: float | None = None
     # model
     model: dict[str, Any] = field(default_factory=lambda: VIT_B16)
     image_size: int = 224
     parameters: int = 0
     stage: str = "pretrain"
+    head_init: str = "zero"
+    train_blocks: int | str = "all"
     # pictures
     crop: dict[str, Any] = field(default_factory=lambda: INCEPTION)
     crop_fraction: float = 0.875
     rand_augment: tuple[int, int] | None = None  # operations, magnitude
     mixup: float | None = None
+    policy: str | None = None  # timm's RandAugment
+    mixed: tuple[float, float, float, float] | None = None  # erasing, mixup, cutmix, smoothing within the mixing
+    imagenet_statistics: bool = False
     label_smoothing: float = 0.0
     data: tuple[str, ...] = ("data=parquet", "data.train={file}")
+
+
+def _mae_pretrain(model: dict[str, Any], parameters: int, decayed: int) -> Recipe:
+    return Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(64, 64),
+        steps=800 * 313,
+        peak=2.4e-3,
+        shape="cosine",
+        warmup=40 * 313,
+        in_epochs=(40, 800),
+        pins={0: 0.0, 10 * 313: 6e-4, 40 * 313: 2.4e-3, 420 * 313: 1.2e-3},
+        optimizer="AdamW",
+        settings=ADAM_MAE,
+        weight_decay=0.05,
+        decayed=decayed + 512 + 8 * 12 * 512**2,
+        decayed_tokens=("cls_token", "mask_token"),
+        clip=None,
+        model=model | MAE_ENCODER,
+        parameters=parameters,
+        crop=MAE_CROP | {"area": [0.2, 1.0]},
+        imagenet_statistics=True,
+    )
+
+
+def _mae_finetune(
+    model: dict[str, Any],
+    parameters: int,
+    decayed: int,
+    *,
+    peak: float,
+    epochs: int,
+    layer_decay: float = 0.75,
+    forwards: int = 32,
+    train_blocks: int | str = "all",
+    mixed: tuple[float, float, float, float] = (0.25, 0.8, 1.0, 0.1),
+    pins: dict[int, float] | None = None,
+) -> Recipe:
+    updates = math.ceil(40_036 / forwards)  # an epoch's
+    return Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(32, forwards),
+        steps=epochs * updates,
+        peak=peak,
+        shape="cosine",
+        warmup=5 * updates,
+        end=1e-6,
+        in_epochs=(5, epochs),
+        pins=pins or {0: 0.0, 1252: 8e-4, 6260: 4e-3, 14 * 1252: 1e-6 + 3.999e-3 * 0.9045085},
+        optimizer="AdamW",
+        weight_decay=0.05,
+        decayed=decayed,
+        layer_decay=layer_decay,
+        clip=None,
+        model=model | MAE_TUNED,
+        parameters=parameters,
+        stage="finetune",
+        head_init="mae_finetune",
+        train_blocks=train_blocks,
+        crop=MAE_CROP,
+        policy="rand-m9-mstd0.5-inc1",
+        mixed=mixed,
+        imagenet_statistics=True,
+    )
 
 
 # A block of B/16 has 4 x 768^2 + 2 x 768 x 3072 = 7,077,888 numbers in its kernels, the patch embedding 3 x 16^2 x 768
@@ -283,6 +368,91 @@ RECIPES = {
         crop_fraction=1.0,
         data=(),
     ),
+    # arXiv:2111.06377, table 8; facebookresearch/mae PRETRAIN.md: 1.5e-4 x 4096 / 256 = 2.4e-3; 313 updates an epoch.
+    # Decayed: kernels of encoder and decoder (of width 512: 12 x 512^2 a block) and the two tokens.
+    "mae_pretrain": _mae_pretrain(VIT_B16, 111_907_840, 589_824 + 12 * 7_077_888 + 768 + 768 * 512 + 512 * 768),
+    "mae_pretrain_large": _mae_pretrain(
+        VIT_L16, 329_541_888, 786_432 + 24 * 12_582_912 + 1024 + 1024 * 512 + 512 * 768
+    ),
+    "mae_pretrain_huge": _mae_pretrain(VIT_H14, 657_074_508, 752_640 + 32 * 19_660_800 + 1280 + 1280 * 512 + 512 * 588),
+    # Table 9 with FINETUNE.md's rates for weights of normalised pixels. 40,036 forwards of 32, 1,252 updates of 1024 an
+    # epoch. 14 of 50 epochs, and 24 of 100, are a fifth of the way down: (1 + cos 0.2 pi) / 2 = 0.9045085.
+    "mae_finetune_base": _mae_finetune(
+        VIT_B16 | {"drop_path": 0.1},
+        86_567_656,
+        589_824 + 12 * 7_077_888 + 768_000,
+        peak=2e-3,
+        epochs=100,
+        layer_decay=0.65,
+        pins={0: 0.0, 1252: 4e-4, 6260: 2e-3, 24 * 1252: 1e-6 + 1.999e-3 * 0.9045085},
+    ),
+    "mae_finetune_large": _mae_finetune(
+        VIT_L16 | {"drop_path": 0.2}, 304_326_632, 786_432 + 24 * 12_582_912 + 1_024_000, peak=4e-3, epochs=50
+    ),
+    "mae_finetune_huge": _mae_finetune(
+        VIT_H14 | {"drop_path": 0.3}, 632_045_800, 752_640 + 32 * 19_660_800 + 1_280_000, peak=4e-3, epochs=50
+    ),
+    # Figure 9. A block of L has 12 x 1024^2 numbers in its kernels.
+    "mae_partial": _mae_finetune(
+        VIT_L16 | {"drop_path": 0.1}, 304_326_632, 4 * 12_582_912 + 1_024_000, peak=4e-3, epochs=50, train_blocks=4
+    ),
+    # main_finetune.py's defaults at batch 256: 5,005 updates an epoch.
+    "mae_finetune_brief": _mae_finetune(
+        VIT_B16 | {"drop_path": 0.1},
+        86_567_656,
+        589_824 + 12 * 7_077_888 + 768_000,
+        peak=1e-3,
+        epochs=50,
+        forwards=8,
+        mixed=(0.25, 0.0, 0.0, 0.1),
+        pins={0: 0.0, 5005: 2e-4, 5 * 5005: 1e-3, 14 * 5005: 1e-6 + 9.99e-4 * 0.9045085},
+    ),
+    # Table 10: 0.1 x 16384 / 256 = 6.4. 2,502 forwards of 512, 79 updates an epoch; only the last layer trains.
+    "mae_linear_probe": Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(512, 32),
+        steps=90 * 79,
+        peak=6.4,
+        shape="cosine",
+        warmup=10 * 79,
+        in_epochs=(10, 90),
+        pins={0: 0.0, 5 * 79: 3.2, 10 * 79: 6.4, 50 * 79: 3.2},
+        optimizer="LARS",
+        settings={"momentum": 0.9, "trust_coefficient": 0.001},
+        clip=None,
+        model=VIT_B16 | {"norm": "before_pool", "head_norm": "batch", "drop_path": 0.0},
+        parameters=86_567_656,
+        stage="linear_probe",
+        head_init="mae_linear_probe",
+        train_blocks=0,
+        crop=MAE_CROP | {"retry": False},
+        imagenet_statistics=True,
+    ),
+    # Table 11: 1e-4 x 4096 / 256 = 1.6e-3.
+    "mae_scratch": Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(64, 64),
+        steps=300 * 313,
+        peak=1.6e-3,
+        shape="cosine",
+        warmup=20 * 313,
+        in_epochs=(20, 300),
+        pins={0: 0.0, 10 * 313: 8e-4, 20 * 313: 1.6e-3, 160 * 313: 8e-4},
+        optimizer="AdamW",
+        settings=ADAM_MAE,
+        weight_decay=0.3,
+        decayed=589_824 + 12 * 7_077_888 + 768_000,
+        clip=None,
+        ema=0.9999,
+        model=VIT_B16 | MAE_TUNED | {"drop_path": 0.1},
+        parameters=86_567_656,
+        crop=MAE_CROP,
+        policy="rand-m9-mstd0.5-inc1",
+        mixed=(0.0, 0.8, 1.0, 0.1),
+        imagenet_statistics=True,
+    ),
 }
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -293,7 +463,7 @@ def config(name: str, tmp_path: Path) -> RunConfig:
     file = tmp_path / "file.safetensors"
     file.write_bytes(b"")
     recipe = RECIPES[name]
-    init = [f"init_from={file}"] if recipe.stage == "finetune" else []
+    init = [f"init_from={file}"] if recipe.stage != "pretrain" else []
     return compose_and_check([f"experiment={name}", *init, *(text.format(file=file) for text in recipe.data)])
 
 
@@ -310,10 +480,16 @@ def _peak(config: RunConfig, num_train: int) -> float:
 
 
 def _published_lr(recipe: Recipe, step: int) -> float:
-    """From the formulas of google-research/vision_transformer's utils.py, with a start and an end for the others."""
-    if step < recipe.warmup:
-        return recipe.start + (recipe.peak - recipe.start) * step / recipe.warmup
-    t = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
+    """From the formulas of google-research/vision_transformer's utils.py, with a start and an end for the others, and
+    of facebookresearch/mae's lr_sched.py."""
+    at, warmup, end = float(step), recipe.warmup, recipe.steps
+    if recipe.in_epochs is not None:  # MAE's: whole epochs, and the forwards made of the one begun
+        warmup, end = recipe.in_epochs
+        epoch, update = divmod(step, recipe.steps // end)
+        at = epoch + update * recipe.batch[1] / (recipe.num_train // recipe.batch[0])
+    if at < warmup:
+        return recipe.start + (recipe.peak - recipe.start) * at / warmup
+    t = (at - warmup) / (end - warmup)
     left = 1 - t if recipe.shape == "linear" else (1 + math.cos(math.pi * t)) / 2
     return recipe.end + (recipe.peak - recipe.end) * left
 
@@ -330,7 +506,9 @@ def test_batch_clip_and_length_are_the_recipes(name: str, config: RunConfig) -> 
     assert config.train.clip_norm == recipe.clip
     assert horizon.num_updates == horizon.total_steps == recipe.steps
     assert config.stage.name == recipe.stage
-    assert config.stage.head == ("fresh" if recipe.stage == "finetune" else "auto")
+    assert config.stage.head == ("auto" if recipe.stage == "pretrain" else "fresh")
+    assert (config.stage.head_init, config.stage.train_blocks) == (recipe.head_init, recipe.train_blocks)
+    assert config.train.ema_decay == recipe.ema
 
 
 @each_recipe
@@ -359,18 +537,24 @@ def test_the_model_has_the_published_size_and_shape(name: str, config: RunConfig
 
 
 @each_recipe
-def test_weight_decay_acts_on_kernels_alone_and_every_layer_learns_at_one_rate(name: str, config: RunConfig) -> None:
+def test_weight_decay_acts_on_kernels_and_layers_learn_at_the_recipes_rates(name: str, config: RunConfig) -> None:
     recipe = RECIPES[name]
     rules = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
     method = _method(config, recipe)
     groups = parameter_groups(method, **rules)
     decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
-    kernels = {name for name, p in method.named_parameters() if name.endswith(".weight") and p.ndim > 1}
-    assert decayed == (kernels if recipe.weight_decay else set())
+    trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    kernels = {name for name, p in trained.items() if name.endswith(".weight") and p.ndim > 1}
+    tokens = {name for name in trained if name.endswith(recipe.decayed_tokens)} if recipe.decayed_tokens else set()
+    assert len(tokens) == len(recipe.decayed_tokens)
+    assert decayed == (kernels | tokens if recipe.weight_decay else set())
     assert {group["weight_decay"] for group in groups} == {recipe.weight_decay, 0.0}
-    assert {group["lr_scale"] for group in groups} == {1.0}
+    layers = 1 if recipe.layer_decay == 1 else recipe.model["depth"] + 2
+    layers = layers if recipe.train_blocks == "all" or layers == 1 else int(recipe.train_blocks) + 1
+    scales = sorted({group["lr_scale"] for group in groups}, reverse=True)
+    assert scales == pytest.approx([recipe.layer_decay**below for below in range(layers)])
     assert sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]) == recipe.decayed
-    assert sum(len(group["names"]) for group in groups) == len(list(method.parameters()))
+    assert sum(len(group["names"]) for group in groups) == len(trained)
 
 
 @each_recipe
@@ -391,20 +575,29 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
     crop = getattr(train, "crop", train)
     found = {key: getattr(crop, key) for key in recipe.crop if key != "interpolation"}
     if "interpolation" in recipe.crop:
-        assert (crop.resized["interpolation"], evaluated.resized["interpolation"]) == ("bilinear", "bilinear")
+        assert crop.resized["interpolation"] == evaluated.resized["interpolation"] == recipe.crop["interpolation"]
     assert type(crop).__name__ == ("ResizedCropFlip" if "area" in recipe.crop else "PadCropFlip")
     for key, value in found.items():
         assert list(_listed(value)) == pytest.approx(list(_listed(recipe.crop[key]))), key
     assert tuple(crop.size) == tuple(evaluated.size) == (recipe.image_size, recipe.image_size)
     assert evaluated.crop_fraction == recipe.crop_fraction
-    smoothing = config.method["label_smoothing"]
-    assert smoothing == recipe.label_smoothing
-    mix = None if config.augment["batch"] is None else build(config.augment["batch"])
-    if recipe.mixup is None:
+    assert config.method.get("label_smoothing", 0.0) == recipe.label_smoothing
+    if recipe.imagenet_statistics:
+        assert (config.data["mean"], config.data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mix: Any = None if config.augment["batch"] is None else build(config.augment["batch"])
+    if recipe.mixed is not None:
+        erasing, mixing = mix.steps
+        strengths = erasing.prob, mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing
+        assert strengths == recipe.mixed
+        assert (mixing.prob, mixing.switch_prob, mixing.mode) == (1.0, 0.5, "batch")
+    elif recipe.mixup is None:
         assert mix is None
     else:
         assert (type(mix).__name__, mix.alpha, mix.label_smoothing) == ("RolledMixup", recipe.mixup, 0.0)
-    if recipe.rand_augment is None:
+    if recipe.policy is not None:
+        assert [type(step).__name__ for step in train.steps] == ["RandAugment"]
+        assert config.augment["policy"] == recipe.policy
+    elif recipe.rand_augment is None:
         assert crop is train  # no steps after the crop
     else:
         (step,) = train.steps
@@ -414,6 +607,124 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
         assert cut_out.keywords["reach"] * 224 == pytest.approx(40)
         (shift,) = {operation.hparams["translate_pct"] for operation in operations}
         assert shift * 224 == pytest.approx(100)
+
+
+# ---- MAE's presets against the numbers of its official code, at tiny sizes -------------------------------------------
+MAE = [name for name in RECIPES if name.startswith("mae_")]
+TINY = ["model.image_size=32", "model.patch_size=8", "model.embed_dim=48", "model.num_heads=4"]
+DECODER = ["method.decoder_dim=32", "method.decoder_depth=2", "method.decoder_num_heads=4"]
+
+
+def _tiny(name: str, *overrides: str, file: Path, depth: int = 3) -> RunConfig:
+    decoder = DECODER if name.startswith("mae_pretrain") else []
+    init = [f"init_from={file}"] if RECIPES[name].stage != "pretrain" else []
+    return compose_and_check([f"experiment={name}", *TINY, f"model.depth={depth}", *decoder, *init, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("name", "curve"),
+    [
+        ("mae_pretrain", "pretrain_400"),
+        ("mae_linear_probe", "linprobe"),
+        ("mae_finetune_base", "finetune_vitb"),
+        ("mae_finetune_large", "finetune_vitl"),
+        ("mae_finetune_brief", "seed_finetune"),
+    ],
+)
+def test_the_rate_of_every_forward_is_that_of_maes_code(name: str, curve: str, config: RunConfig) -> None:
+    golden = np.load(GOLDEN / "schedules_mae.npz")
+    meta, schedule = json.loads(str(golden["meta_json"]))[curve], build(config.schedule)
+    epochs = 400 if name == "mae_pretrain" else config.train.epochs
+    assert config.train.batch_size * config.train.accumulate == meta["eff_batch"]
+    rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
+    peak = resolve_lr(**rates, global_batch=meta["eff_batch"])
+    horizon = plan_horizon(meta["iters_per_epoch"], accumulate=meta["accum_iter"], epochs=epochs, max_steps=None)
+    updates = [horizon.update(step) for step in range(horizon.num_updates)]
+    held = [schedule(update.progress, lr=peak) for update in updates for _ in range(update.num_micro_batches)]
+    np.testing.assert_allclose(held, golden[f"{curve}/lr"], rtol=1e-14, atol=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("mae_finetune_base", "lrd_globalpool1_decay0.65"),
+        ("mae_finetune_large", "lrd_globalpool1_decay0.75"),
+        ("mae_finetune_huge", "lrd_globalpool1_decay0.75"),
+        ("mae_finetune_brief", "lrd_globalpool1_decay0.75"),
+        ("mae_pretrain", None),
+        ("mae_pretrain_large", None),
+        ("mae_pretrain_huge", None),
+    ],
+)
+def test_parameter_groups_are_those_of_maes_code(name: str, reference: str | None, tmp_path: Path) -> None:
+    (file := tmp_path / "file.safetensors").write_bytes(b"")
+    config, golden = (
+        _tiny(name, file=file),
+        json.loads((GOLDEN / "optim_mae_param_groups.json").read_text(encoding="utf-8")),
+    )
+    official = golden["pretrain_wd_groups"] if reference is None else golden[reference]["groups"]
+    expected = {
+        parameter: (group.get("lr_scale", 1.0), group["weight_decay"])
+        for group in official
+        for parameter in group["params"]
+    }
+    rules = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
+    groups = parameter_groups(_method(config, RECIPES[name]), **rules)
+    ours = {
+        re.sub(r"^(backbone|autoencoder)\.(encoder\.)?", "", parameter): (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for parameter in group["names"]
+    }
+    assert set(ours) == set(expected)
+    for parameter, pair in expected.items():
+        assert ours[parameter] == pytest.approx(pair, rel=1e-14), parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mae_finetune_base", {"base_lr": 1e-3, "layer_decay": 0.75, "drop_path": 0.1}),
+        ("mae_finetune_large", {"base_lr": 1e-3, "layer_decay": 0.75, "drop_path": 0.1}),
+        ("mae_finetune_huge", {"base_lr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}),
+    ],
+)
+def test_the_header_names_what_makes_it_the_papers_table_9(name: str, said: dict[str, float], tmp_path: Path) -> None:
+    header = (conf_dir() / f"experiment/{name}.yaml").read_text(encoding="utf-8")
+    (file := tmp_path / "file.safetensors").write_bytes(b"")
+    sentence = header.partition("table 9")[2].partition("\n# Expected")[0].replace("\n#", "")
+    overrides = re.findall(r"(?:optim|model)\.\w+=[\d.e-]*\d", sentence.partition("At 448")[0])
+    config = compose_and_check([f"experiment={name}", f"init_from={file}", *overrides])
+    assert {key: (config.optim | config.model)[key] for key in said} == said
+
+
+@pytest.fixture(scope="module")
+def mae_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pretraining of two updates."""
+    return _two_steps("mae_pretrain", tmp_path_factory.mktemp("mae") / "run", file=Path())
+
+
+def _two_steps(name: str, folder: Path, *, file: Path) -> Path:
+    from vitexp.train import train
+
+    train(_tiny(name, "debug=fast", f"output_dir={folder}", file=file, depth=5))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    found = {key for row in rows for key in row if key.startswith("val")}
+    wanted = "val/knn_top1" if name.startswith("mae_pretrain") else "val/top1"
+    assert wanted in found, found
+    assert ("val_ema/top1" in found) == (RECIPES[name].ema is not None)
+    return folder
+
+
+SAME_PATH = ["mae_pretrain_large", "mae_pretrain_huge", "mae_finetune_large", "mae_finetune_huge", "mae_finetune_brief"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SAME_PATH else n for n in MAE if n != "mae_pretrain"],
+)
+def test_a_preset_of_mae_makes_two_updates_at_a_tiny_size(name: str, mae_weights: Path, tmp_path: Path) -> None:
+    assert (_two_steps(name, tmp_path / "run", file=mae_weights) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", config_groups()["experiment"])
@@ -433,7 +744,10 @@ def test_the_header_and_the_table_say_what_to_expect(name: str, repository: Path
 
 def _method(config: RunConfig, recipe: Recipe) -> nn.Module:
     with torch.device("meta"):
-        return build(config.method, backbone=build({**config.model, "num_classes": recipe.num_classes}))
+        backbone = build({**config.model, "num_classes": recipe.num_classes})
+        method = build(config.method, backbone=backbone)
+    freeze(backbone, config.stage.train_blocks)
+    return method
 
 
 def _listed(value: Any) -> Any:
