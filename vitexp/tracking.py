@@ -310,14 +310,13 @@ def _history_inserter(client: Any, uri: str) -> Callable[[str, list[Any]], None]
         return None
     from mlflow.store.tracking.dbmodels.models import SqlMetric
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy.dialects.sqlite import insert
 
     table: Any = SqlMetric.__table__
     store: Any = getattr(getattr(client, "_tracking_client", None), "store", None)
     known = set(table.columns.keys()) == {"run_uuid", "key", "value", "timestamp", "step", "is_nan"}
     if not known or not isinstance(store, SqlAlchemyStore):
         return None
-    statement = insert(table).on_conflict_do_nothing()
+    statement = table.insert().prefix_with("OR IGNORE")
 
     def insert_history(run_id: str, metrics: list[Any]) -> None:
         points = []

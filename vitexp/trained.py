@@ -54,6 +54,7 @@ class TrainedRun:
     metrics: dict[str, float | None]  # of the evaluation that the weights come from
     stage: str
     preprocessing: dict[str, Any]
+    architecture: dict[str, Any]
     device: torch.device
     _fit: ResizeCenterCrop
 
@@ -133,6 +134,7 @@ def load_run(
         metrics=described["metrics"],
         stage=described["stage"],
         preprocessing=preprocessing,
+        architecture=described["architecture"],
         device=place,
         _fit=fitter,
     )

@@ -1,7 +1,7 @@
 """`python -m vitexp evaluate run=<run>`, or `init_from=<weights> model=…`: measures the validation split.
 
-`run` is a run folder, or mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri; then evaluation.json goes beside
-what was fetched of it."""
+`run` is a run folder, weights it exported (without their run's settings beside them the data is to be named), or
+mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri; evaluation.json goes beside the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vitexp import tracking
-from vitexp.commands.predict import store_of_training
+from vitexp.commands.locate import locate
 from vitexp.config import RAW_NAME, RunConfig, compose_and_check, reload
 from vitexp.errors import UserError
 
@@ -21,18 +20,15 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     weights = [text.partition("=")[2] for text in arguments if text.startswith("weights=")]
     rest = [text for text in arguments if not text.startswith(("run=", "weights="))]
     if named:
-        folder, file = Path(named[-1]).expanduser(), weights[-1] if weights else None
-        run_id = tracking.run_id_of(named[-1])
-        if run_id is not None:
-            from vitexp.reports import OUTPUTS
-
-            uris = [text.partition("=")[2] for text in rest if text.startswith(("uri=", "tracking.uri="))]
-            rest = [text for text in rest if not text.startswith(("uri=", "tracking.uri="))]
-            uri = uris[-1] if uris else store_of_training()
-            folder, file = tracking.fetch(run_id, root=OUTPUTS, uri=uri, weights=file, needed=[RAW_NAME])
-        config = reload(folder, rest)
-        found = evaluate(config, run_dir=folder, weights=file or "model.safetensors")
-        place = folder
+        uris = [text.partition("=")[2] for text in rest if text.startswith(("uri=", "tracking.uri="))]
+        rest = [text for text in rest if not text.startswith(("uri=", "tracking.uri="))]
+        run = locate(named[-1], uri=next(iter(uris), None), weights=next(iter(weights), None), needed=[RAW_NAME])
+        place, file = run.folder, run.weights or "model.safetensors"
+        if (place / RAW_NAME).exists():
+            config = reload(place, rest)
+        else:
+            config = as_exported(compose_and_check(rest, config_dir), place, file)
+        found = evaluate(config, run_dir=place, weights=file)
     else:
         config = compose_and_check(rest, config_dir)
         if config.init_from is None:
@@ -95,6 +91,19 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
         accuracy = {name: float(a) for name, a in zip(run.source.classes, per_class, strict=True)}
         found["val/class_accuracy"] = {name: None if math.isnan(a) else a for name, a in accuracy.items()}
     return found
+
+
+def as_exported(config: RunConfig, folder: Path, weights: str) -> RunConfig:
+    """The settings with the model of exported weights and what its run did to a picture to evaluate it: for weights
+    that lie without their run's settings, so that only the data is to be named."""
+    from vitexp.trained import load_run
+
+    trained = load_run(folder, weights=weights)
+    seen = dict(trained.preprocessing)
+    config.data |= {key: seen.pop(key) for key in ("mean", "std", "channels")}
+    config.augment["eval"] = {"_target_": "vitexp.data.transforms.ResizeCenterCrop", **seen}
+    config.model = trained.architecture
+    return config
 
 
 def _differing(ours: list[str], theirs: list[str]) -> str:

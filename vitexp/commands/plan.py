@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vitexp import plots, tracking
-from vitexp.commands.predict import store_of_training
+from vitexp import plots
+from vitexp.commands.locate import locate
 from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
 from vitexp.costs import (
     StateBytes,
@@ -35,7 +35,6 @@ from vitexp.horizon import Horizon, plan_horizon, preview
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.probe import Speed, matrix_gflops, measure_speed
-from vitexp.reports import OUTPUTS
 from vitexp.run import model_arguments, open_source
 from vitexp.runtime import make_accelerator
 from vitexp.schedules import Schedule
@@ -68,33 +67,16 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         if "uri" in given:
             raise UserError(f"uri={given['uri']}: says where run=mlflow:<run id> is; there is no run= here")
         return plan(compose_and_check(overrides, config_dir), probe=probe, plot=plot)
-    folder, weights, overrides = locate(given["run"], given.get("uri"), overrides)
+    stores = [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
+    overrides = [text for text in overrides if not text.startswith("tracking.uri=")]
+    found = locate(given["run"], uri=given.get("uri") or next(iter(stores), None), needed=[RAW_NAME])
+    folder, weights = found.folder, found.weights
     if (folder / RAW_NAME).exists() or weights is None:
         return plan(reload(folder, overrides), probe=probe, plot=plot)
     asked = [*overrides, *(f"{key}={given[key]}" for key in ("probe", "plot") if key in given)]
     if asked:
         raise UserError(f"{asked[0]}: {folder} holds weights without the settings of their run, so nothing to train by")
     return plan_weights(folder, weights)
-
-
-def locate(run: str, uri: str | None, overrides: list[str]) -> tuple[Path, str | None, list[str]]:
-    """The run's folder, the name of the weights if the folder has such a file or one was named, and the overrides left.
-
-    A run in MLflow is fetched as `evaluate` fetches it. Raises UserError."""
-    run_id, place = tracking.run_id_of(run), Path(run).expanduser()
-    if run_id is not None:
-        stores = [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
-        overrides = [text for text in overrides if not text.startswith("tracking.uri=")]
-        store = uri or (stores[-1] if stores else store_of_training())
-        return *tracking.fetch(run_id, root=OUTPUTS, uri=store, needed=[RAW_NAME]), overrides
-    if uri is not None:
-        raise UserError(f"uri={uri}: says where run=mlflow:<run id> is; run={run} is a path")
-    if place.is_dir():
-        return place, "model.safetensors" if (place / "model.safetensors").exists() else None, overrides
-    if place.is_file() and place.suffix == ".safetensors":
-        return place.parent, place.name, overrides
-    wrong = "is no run folder and no exported weights (.safetensors)" if place.exists() else "there is no such run"
-    raise UserError(f"run={run}: {wrong}")
 
 
 def plan_weights(folder: Path, weights: str) -> int:
@@ -193,6 +175,8 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
 
 def prepare(config: RunConfig) -> Planned:
     """What vitexp.run.build_run and vitexp.train.fit would make of the settings, without weights. Raises UserError."""
+    if not config.stage.trains:
+        raise UserError(f"stage={config.stage.name}: trains nothing, so there is nothing to plan")
     source = open_source(config)
     if any(evaluator.needs_labels for evaluator in build(config.evaluators).values()):
         source.require_labels()

@@ -4,7 +4,7 @@ Columns: file, class, probability, then class and probability of the `topk` best
 read has its reason in `error` and nothing else, and makes the exit code 1. Rows are in the order of their paths. The
 output appears whole or not at all.
 
-`run` is a run folder, a folder that holds only exported weights, or mlflow:<run id> (runs:/<run id>) with `uri=` as
+`run` is a run folder, a folder or file of exported weights, or mlflow:<run id> (runs:/<run id>) with `uri=` as
 tracking.uri; `weights` names the file taken, of a run in MLflow the best ones there unless given. `workers` threads
 read pictures beside the computing. At no time are more than a few batches of pictures in memory.
 """
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitexp.commands.locate import locate
 from vitexp.errors import BadImage, UserError, nearest
 
 if TYPE_CHECKING:
@@ -128,24 +129,15 @@ def predict(
 
 
 def open_run(name: str, *, weights: str | None = None, device: str | None = None, uri: str | None = None) -> TrainedRun:
-    """The exported model of a run folder or of mlflow:<run id>, on the GPU where there is one. Raises UserError."""
+    """The exported model that run= names, on the GPU where there is one. Raises UserError."""
     import torch
 
-    from vitexp import tracking
-    from vitexp.reports import OUTPUTS
     from vitexp.trained import load_run
 
-    folder, run_id = Path(name).expanduser(), tracking.run_id_of(name)
-    if run_id is not None:
-        folder, weights = tracking.fetch(run_id, root=OUTPUTS, uri=uri or store_of_training(), weights=weights)
+    found = locate(name, uri=uri, weights=weights)
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return load_run(folder, weights=weights or "model.safetensors", device=device)
-
-
-def store_of_training() -> str | None:
-    """Where training tracks when nothing is said: conf/tracking/mlflow.yaml."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
+    return load_run(found.folder, weights=found.weights or "model.safetensors", device=device)
 
 
 def find_pictures(given: str, *, besides: Path | None = None) -> tuple[list[str], int]:

@@ -1,0 +1,51 @@
+"""What `run=` names, the same in every command: a run folder, weights it exported, or a run in MLflow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitexp.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Located:
+    """A folder with exported weights, or that of a run without any yet."""
+
+    folder: Path
+    weights: str | None  # the file's name; None where the folder has no such file
+
+
+def locate(run: str, *, uri: str | None = None, weights: str | None = None, needed: Iterable[str] = ()) -> Located:
+    """Finds `run`, and `weights` in it where they are named; a run in MLflow is fetched into outputs/from_mlflow.
+
+    `uri` is the tracking store of mlflow:<run id>; `needed` names files that such a run must have. Raises UserError."""
+    from vitexp import tracking
+    from vitexp.reports import OUTPUTS
+
+    run_id, place = tracking.run_id_of(run), Path(run).expanduser()
+    if run_id is not None:
+        store = uri or store_of_training()
+        return Located(*tracking.fetch(run_id, root=OUTPUTS, uri=store, weights=weights, needed=needed))
+    if uri is not None:
+        raise UserError(f"uri={uri}: says where run=mlflow:<run id> is; run={run} is a path")
+    if place.is_dir():
+        there = [file.name for file in sorted(place.glob("*.safetensors"))]
+        if weights is not None and weights not in there:
+            raise UserError(f"weights={weights}: {place} has {', '.join(there) or 'none'}.{nearest(weights, there)}")
+        return Located(place, weights or ("model.safetensors" if "model.safetensors" in there else None))
+    if place.is_file() and place.suffix == ".safetensors":
+        if weights not in (None, place.name):
+            raise UserError(f"weights={weights}: run={run} names the weights already")
+        return Located(place.parent, place.name)
+    if place.exists():
+        raise UserError(f"run={run}: is no run folder and no exported weights (.safetensors)")
+    siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
+    raise UserError(f"run={run}: there is no such run.{nearest(place.name, siblings)}")
+
+
+def store_of_training() -> str | None:
+    """Where training tracks when nothing is said: conf/tracking/mlflow.yaml."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
