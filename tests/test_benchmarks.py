@@ -13,6 +13,7 @@ TABLES = {
     "train_step.py": ("| ViT-Ti/4 32 px, batch 128: vitexp ", "| ViT-S/16 224 px, batch 16: timm as shipped "),
     "input.py": ("| 32 px in memory, crop and flip: vitexp ", " JPEGs to 224 px: vitexp to the exact resizer "),
     "loop_overhead.py": ("| bare loop: ", " over the bare loop", " logging, a row every 10 steps"),
+    "mae_step.py": ("| fp32, batch 1: vitexp MAE ", "| bf16, batch 4: vitexp supervised "),
 }
 
 
