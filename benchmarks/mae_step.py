@@ -116,6 +116,9 @@ def given_noise(noise: Tensor) -> Iterator[None]:
 def pair(official: Any, **options: Any) -> tuple[nn.Module, MaskedAutoencoder]:
     """The official base model and ours with the same weights."""
     theirs = official.mae_vit_base_patch16(norm_pix_loss=True, **options)
+    for module in theirs.modules():  # the timm it names, 0.3.2, writes the softmax out; in bf16 that is the faster form
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
     ours = build_model("mae", norm_pix_loss=True, image_size=options.get("img_size", 224))
     assert isinstance(ours, MaskedAutoencoder)
     ours.load_state_dict(theirs.state_dict())
