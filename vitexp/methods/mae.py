@@ -80,8 +80,13 @@ class MaskedAutoencoding(Method):
         return StepOutput(loss + (probe_loss - probe_loss.detach()), metrics)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The online probe's, from all patches."""
+        """The online probe's, from all patches. UserError without one, and for one that has never learned."""
         if self.probe is None:
             raise UserError("method=mae: has no classifier to evaluate; method.online_probe=true trains one beside it")
+        if not self.probe.get_buffer("0.num_batches_tracked"):  # an export leaves the probe out
+            raise UserError(
+                "method.online_probe: nothing has taught this classifier, and exported weights hold none; "
+                "stage=evaluate evaluators=mae measures the rest"
+            )
         encoder = self.autoencoder.encoder
         return self.probe(encoder.encode(encoder.embed(images)).patches.mean(dim=1))
