@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from vitexp.errors import UserError
 
 TINY = [
     "model=vit_debug",
@@ -120,3 +123,24 @@ def test_a_closed_pipe_and_a_bare_environment_do_not_stop_a_run(workdir: Path) -
     done = subprocess.run(["bash", "-c", f"env -i LANG=C {command} 2>&1 | head -1"], check=False, capture_output=True)
     assert done.returncode == 0
     assert json.loads(Path("piped/summary.json").read_text())["step"] == 3
+
+
+def test_a_reader_that_has_left_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vitexp", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert (process.wait(), said) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_finished_run_keeps_its_model(tmp_path):
+    from vitexp.config import RAW_NAME, compose_and_check, reload, to_yaml
+
+    raw = compose_and_check(["data=fake", "tracking=none"]).raw
+    (tmp_path / RAW_NAME).write_text(to_yaml({**raw, "choices": {}}))
+    assert reload(tmp_path, ["train.batch_size=7"]).train.batch_size == 7
+    with pytest.raises(UserError, match="model=vit_huge: a run keeps its model"):
+        reload(tmp_path, ["model=vit_huge"])

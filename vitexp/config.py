@@ -215,7 +215,9 @@ def _all_keys(node: Any, groups: dict[str, list[str]], prefix: str = "") -> set[
 def check(config: DictConfig, *, choices: dict[str, str], defaults: dict[str, Any]) -> RunConfig:
     """The settings of one run, resolved and typed. Raises UserError before any data or model is touched."""
     if choices.get("pipeline", "none") != "none":
-        raise UserError(f"pipeline={choices['pipeline']}: stages one after another are no single run: give one stage")
+        raise UserError(
+            f"pipeline={choices['pipeline']}: --multirun and the commands take one run; leave it out, give stage=…"
+        )
     config = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "pipeline")])
     raw = _plain(config, resolve=False)
     for key, value in checks.leaves(raw):
@@ -296,6 +298,8 @@ def reload(run_dir: Path, overrides: list[str]) -> RunConfig:
         key = override.key_or_group
         if key not in known or override.type is not OverrideType.CHANGE:
             raise UserError(f"{override.input_line}: this run has no key {key!r}.{nearest(key, known)}")
+        if isinstance(saved[key.partition(".")[0]], dict) and "." not in key:
+            raise UserError(f"{override.input_line}: a run keeps its {key}; what can change is below it: {key}.<key>=…")
         OmegaConf.update(config, key, override.value())
     return check(config, choices=choices, defaults=saved)
 

@@ -32,6 +32,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
     wanted = any(os.environ.get(name) for name in TRACEBACK_VARIABLES)
     try:
         result = work()
+        sys.stdout.flush()  # here, where a reader that has left can be told from an error
         return result if isinstance(result, int) and not isinstance(result, bool) else 0
     except Interrupted as stopped:
         complain(f"stopped by {stopped}")
@@ -39,6 +40,9 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         complain("stopped by SIGINT")
         return 130
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return 128 + signal.SIGPIPE
     except UserError as error:
         if wanted:
             traceback.print_exc()
