@@ -37,6 +37,10 @@ NEEDS |= {
     option: lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))]
     for option in [*(f"stage={name}" for name in AFTER_ANOTHER), *(f"experiment={name}" for name in FROM_WEIGHTS)]
 }
+# Stages one after another: composed stage by stage in test_pipeline.py.
+PIPELINES = [name for name, preset in EXPERIMENTS.items() if any("override /pipeline" in p for p in preset["defaults"])]
+NO_SINGLE_RUN = [f"experiment={name}" for name in PIPELINES]
+NO_SINGLE_RUN += [option for option in OPTIONS if option.startswith("pipeline=") and option != "pipeline=none"]
 TINY_ELSEWHERE = [name for name in EXPERIMENTS if name.startswith("mae_")]  # two steps of each in test_recipes.py
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
 SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
@@ -53,7 +57,7 @@ def test_the_files_are_found() -> None:
     assert {option.partition("=")[0] for option in OPTIONS} == {*GROUPS, "pipeline", "experiment", "debug"}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NO_SINGLE_RUN])
 def test_an_option_composes_and_passes_the_checks(option: str, tmp_path: Path) -> None:
     needs = NEEDS.get(option, lambda folder: [])(tmp_path)
     config = compose_and_check([option, *needs])
@@ -105,7 +109,11 @@ def vit_base_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS if n not in TINY_ELSEWHERE],
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in EXPERIMENTS
+        if name not in (*TINY_ELSEWHERE, *PIPELINES)
+    ],
 )
 def test_an_experiment_runs_two_steps(name: str, workdir: Path, request: pytest.FixtureRequest) -> None:
     from vitexp.train import train

@@ -1,12 +1,13 @@
-"""What a pipeline's stages reached, side by side: report.md, and report.html, one file with its charts inside."""
+"""What a pipeline's stages reached, side by side: report.md; report.html, one file with its charts inside; report.json.
+
+All that depends on the clock stands under "perf" in report.json: the rest repeats, however often a run was stopped."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,12 @@ class StageResult:
     folder: Path
     kind: str  # of stage and method
     parent: str | None
-    metrics: dict[str, float]
+    pictures: str  # of the training split: "all", "10 %", or "none" where nothing was trained
     epochs: float
-    pictures: str  # trained on, and their share where it is one
-    images_per_s: float
-    minutes: float  # of training, evaluations and saves left out, over all its starts
+    metrics: dict[str, float]
     curve: list[tuple[float, float]]  # (epoch, accuracy) of every evaluation
-    rows: list[dict[str, Any]]
+    losses: list[tuple[float, float]]  # (epoch, training loss)
+    perf: dict[str, float]  # images_per_s and minutes, of the updates alone, over all its starts; empty if it made none
 
     @property
     def accuracy(self) -> tuple[str, float] | None:
@@ -46,12 +46,13 @@ class StageResult:
 
 
 def write_report(folder: Path, *, name: str, stages: list[str]) -> str:
-    """Writes both files and the charts into the pipeline's folder; returns lines for a person."""
+    """Writes the files and the charts into the pipeline's folder; returns lines for a person."""
     results = [read_stage(folder / stage) for stage in stages]
     charts = draw_charts(results, folder / "plots")
     seen = [(path, f"{result.name}: {words}") for result in results for path, words in _pictures(result)]
     write_atomic(folder / "report.md", markdown(name, results, [*charts, *seen], folder))
     write_atomic(folder / "report.html", page(name, results, [*charts, *seen]))
+    write_atomic(folder / "report.json", as_json(name, results))
     lines = [f"{result.name:<14}{_accuracy(result)}" for result in results]
     return "\n".join([*lines, f"report      {folder / 'report.html'}", f"            {folder / 'report.md'}"])
 
@@ -62,23 +63,25 @@ def read_stage(folder: Path) -> StageResult:
     rows = journal.read(folder / "metrics.jsonl")
     metrics = {key: value for key, value in summary.items() if key.startswith(("val/", "val_ema/", "train/"))}
     judged = next((key for key in JUDGED_BY if key in metrics), None)
+    trained, share = summary["step"] > 0, config["train"]["fraction"]
     seconds = trained_s(rows, summary["global_batch"])
-    share = config["train"]["fraction"]
-    method = config["choices"].get("method", "")
-    trained = summary["step"] > 0
+    speed = {"images_per_s": summary["step"] * summary["global_batch"] / seconds} if seconds else {}
     return StageResult(
         name=folder.name,
         folder=folder,
-        kind=f"{config['stage']['name']}, {method}" if trained else config["stage"]["name"],
+        kind=f"{config['stage']['name']}, {config['choices']['method']}" if trained else config["stage"]["name"],
         parent=None if config["init_from"] is None else Path(config["init_from"]).name,
-        metrics=metrics,
-        epochs=summary["epoch"],
         pictures=("all" if share == 1 else f"{100 * share:g} %") if trained else "none",
-        images_per_s=summary["step"] * summary["global_batch"] / seconds if seconds else math.nan,
-        minutes=seconds / 60,
-        curve=[(row["epoch"], row[judged]) for row in rows if judged in row] if judged else [],
-        rows=rows,
+        epochs=summary["epoch"],
+        metrics=metrics,
+        curve=_by_epoch(rows, judged),
+        losses=_by_epoch(rows, "train/loss"),
+        perf=speed | {"minutes": seconds / 60} if trained else {},
     )
+
+
+def _by_epoch(rows: list[dict[str, Any]], key: str | None) -> list[tuple[float, float]]:
+    return [(row["epoch"], row[key]) for row in rows if key in row]
 
 
 def trained_s(rows: list[dict[str, Any]], global_batch: int) -> float:
@@ -100,12 +103,9 @@ def draw_charts(results: list[StageResult], folder: Path) -> list[tuple[Path, st
         path = plots.by_epoch(learned, folder / "accuracy.png", title="accuracy on the validation split by epoch")
         charts.append((path, "Accuracy by epoch"))
     for result in results:
-        points = [(row["epoch"], row["train/loss"]) for row in result.rows if "train/loss" in row]
-        if "val/top1" not in result.metrics and len(points) > 1:
-            title = f"training loss of {result.name}"
-            path = plots.by_epoch(
-                {result.name: [points]}, folder / f"loss_{result.name}.png", title=title, percent=False
-            )
+        if "val/top1" not in result.metrics and len(result.losses) > 1:
+            title, path = f"training loss of {result.name}", folder / f"loss_{result.name}.png"
+            plots.by_epoch({result.name: [result.losses]}, path, title=title, percent=False)
             charts.append((path, f"Loss of {result.name}"))
     return charts
 
@@ -127,7 +127,6 @@ def table(results: list[StageResult]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for result in results:
         others = [f"{key} {result.metrics[key]:.4g}" for key in ALSO_SHOWN if key in result.metrics]
-        trained = result.epochs > 0
         rows.append(
             (
                 result.name,
@@ -137,11 +136,16 @@ def table(results: list[StageResult]) -> list[tuple[str, ...]]:
                 _accuracy(result),
                 ", ".join(others),
                 f"{result.epochs:g}",
-                f"{result.images_per_s:.0f}" if trained else "",
-                f"{result.minutes:.1f}" if trained else "",
+                f"{result.perf['images_per_s']:.0f}" if "images_per_s" in result.perf else "",
+                f"{result.perf['minutes']:.1f}" if "minutes" in result.perf else "",
             )
         )
     return rows
+
+
+def as_json(name: str, results: list[StageResult]) -> str:
+    stages = [{key: value for key, value in asdict(result).items() if key != "folder"} for result in results]
+    return json.dumps({"pipeline": name, "stages": stages}, indent=2) + "\n"
 
 
 def markdown(name: str, results: list[StageResult], pictures: list[tuple[Path, str]], folder: Path) -> str:
@@ -175,8 +179,8 @@ def page(name: str, results: list[StageResult], pictures: list[tuple[Path, str]]
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;width:100%}th,td{padding:.35em .7em;border-bottom:1px solid #ddd;text-align:left}"
-    "th{font-weight:600;color:#555}figure{margin:2em 0}figcaption{font-weight:600;margin-bottom:.5em}img{"
-    "max-width:100%}"
+    "th{font-weight:600;color:#555}figure{margin:2em 0}figcaption{font-weight:600;margin-bottom:.5em}"
+    "img{max-width:100%}"
 )
 
 
