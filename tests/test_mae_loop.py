@@ -20,7 +20,7 @@ from torch import Tensor
 import vitexp
 from tests.data.pictures import picture, write_folder
 from vitexp import journal, reports
-from vitexp.config import compose_and_check
+from vitexp.config import compose_and_check, reload
 from vitexp.data.sampler import train_positions
 from vitexp.errors import BadImage, UserError
 from vitexp.models.build import build_model
@@ -299,13 +299,26 @@ def test_another_run_goes_on_from_the_whole_or_from_the_encoder(probed: Path, tm
     assert rows(tmp_path / "on")[0]["train/loss"] < rows(probed)[0]["train/loss"]
 
 
+def test_a_run_with_its_probe_is_evaluated_from_its_exports(probed: Path) -> None:
+    from vitexp.commands.evaluate import evaluate
+
+    last = [row for row in rows(probed) if "val/probe_top1" in row][-1]
+    found = evaluate(reload(probed, []), run_dir=probed)
+    for name in ("val/loss", "val/probe_top1", "val/knn_top1"):
+        assert found[name] == pytest.approx(last[name], rel=1e-5), name
+    alone = evaluate(reload(probed, ["evaluators=knn"]), run_dir=probed)
+    assert set(alone) == {"val/knn_top1"} | {name for name in alone if name == "val/knn_top5"}
+    with pytest.raises(UserError, match="evaluators=kn: no such option"):
+        reload(probed, ["evaluators=kn"])
+
+
 # ---- what does not go together -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["model=timm", "model.name=resnet10t", "model.image_size=32"], r"TimmBackbone.*needs model=vit"),
         (["augment=deit"], r"augment\.batch mixes labels.*augment\.batch=null"),
-        (["evaluators=classification"], r"no classifier to evaluate; method\.online_probe=true"),
+        (["evaluators=classification"], r"trains no classifier to evaluate.*method\.online_probe=true"),
     ],
     ids=["timm", "mixing", "classification"],
 )
@@ -314,8 +327,7 @@ def test_what_does_not_fit_is_one_clear_error(overrides: list[str], says: str, t
     with pytest.raises(UserError, match=says) as error:
         run(tmp_path / "run", *usual, *overrides, "train.max_steps=1")
     assert len(str(error.value).splitlines()) == 1
-    if overrides[0] != "evaluators=classification":
-        assert not (tmp_path / "run" / "metrics.jsonl").exists(), "before training"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "before training"
 
 
 # ---- one's own pictures ------------------------------------------------------------------------------------------

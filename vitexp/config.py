@@ -93,6 +93,7 @@ class RunConfig:
     raw: dict[str, Any] = field(default_factory=dict)  # the same before interpolation: what overrides work on later
 
 
+EXCHANGEABLE = ("data", "augment", "evaluators", "runtime", "tracking")  # groups that a finished run's weights allow
 CONFIG_NAME, RAW_NAME = "config.yaml", "config.interpolated.yaml"  # in a run folder: resolved, and as composed
 TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig}
 
@@ -280,8 +281,10 @@ def from_request(path: Path) -> RunConfig:
     return _check_resolved(request["resolved"], raw=request["raw"], defaults={})
 
 
-def reload(run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The settings of a run from its folder, with some changed. Raises UserError for keys that it does not have."""
+def reload(run_dir: Path, overrides: list[str], config_dir: str | None = None) -> RunConfig:
+    """The settings of a run from its folder, with some changed, and of EXCHANGEABLE groups another option chosen.
+
+    Raises UserError for keys that it does not have."""
     path = run_dir / RAW_NAME
     if not run_dir.is_dir():
         raise UserError(f"run={run_dir}: no such folder")
@@ -296,6 +299,11 @@ def reload(run_dir: Path, overrides: list[str]) -> RunConfig:
     config = OmegaConf.create(saved)
     for override in parse_overrides(overrides):
         key = override.key_or_group
+        if key in EXCHANGEABLE and override.type is OverrideType.CHANGE:
+            _, (choice,) = _group_overrides([override], config_dir)
+            config[key] = _compose([choice.input_line or ""], config_dir)[key]
+            choices[key] = str(choice.value())
+            continue
         if key not in known or override.type is not OverrideType.CHANGE:
             raise UserError(f"{override.input_line}: this run has no key {key!r}.{nearest(key, known)}")
         if isinstance(saved[key.partition(".")[0]], dict) and "." not in key:

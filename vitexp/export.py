@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitexp
@@ -19,7 +19,6 @@ from vitexp.errors import UserError
 from vitexp.run_folder import atomic_file, make_folder, write_atomic
 
 FORMAT = 1
-WHOLE_NAME = "autoencoder.safetensors"  # of a method that learns more than its backbone
 # What evaluation does to a picture: mean and std are of pixels in 0..1, the rest are arguments of ResizeCenterCrop, of
 # which others may be given as well.
 PREPROCESSING_KEYS = ("image_size", "mean", "std", "crop_fraction", "interpolation", "channels")
@@ -67,15 +66,24 @@ def export_model(
     return path
 
 
-def export_whole(run_dir: str | Path, state_dict: Mapping[str, Tensor]) -> Path:
-    """Writes `autoencoder.safetensors`: encoder and decoder under their official names, for load_weights."""
-    path = make_folder(Path(run_dir)) / WHOLE_NAME
+def export_part(run_dir: str | Path, name: str, state_dict: Mapping[str, Tensor]) -> Path:
+    """Writes `<name>.safetensors`, which a method keeps beside its backbone. Raises UserError."""
+    path = make_folder(Path(run_dir)) / f"{name}.safetensors"
     try:
         with atomic_file(path) as beside:
             save_file(_separate(state_dict), beside, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     return path
+
+
+def load_part(run_dir: str | Path, name: str) -> dict[str, Tensor]:
+    """What export_part wrote. Raises UserError."""
+    path = Path(run_dir) / f"{name}.safetensors"
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read, and without it this run cannot be evaluated: {error}") from None
 
 
 def description_of(weights: Path) -> Path:

@@ -26,7 +26,7 @@ from vitexp.data.batch_transforms import normalise
 from vitexp.data.loader import train_batches
 from vitexp.data.sampler import Position
 from vitexp.errors import UserError
-from vitexp.export import export_model, export_whole
+from vitexp.export import export_model, export_part
 from vitexp.horizon import Horizon
 from vitexp.progress import Display
 from vitexp.run import Run
@@ -219,8 +219,8 @@ class Books(NoBooks):
     def finish(self, state: State) -> dict[str, Any]:
         """Leaves the weights, summary.json and curves, and hands everything to MLflow. Returns the summary."""
         self.export(self.last_metrics, filename="model.safetensors")
-        if self.run.method.whole is not None:
-            export_whole(self.folder, self.run.method.whole.state_dict())
+        for name, part in self.run.method.parts.items():
+            export_part(self.folder, name, part.state_dict())
         rows = journal.read(self.journal.path)
         if not self.last_metrics:  # never evaluated, so never drawn
             plots.curves(rows, self.folder / "plots" / "curves.png")

@@ -110,6 +110,12 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     architecture["num_classes"] = getattr(
         backbone, "num_classes", architecture["num_classes"]
     )  # mae takes the head off
+    readers = [name for name, evaluator in evaluators.items() if evaluator.reads_logits]
+    if readers and not method.has_classifier:
+        raise UserError(
+            f"evaluators.{readers[0]}: method={config.choices.get('method')} trains no classifier to evaluate; "
+            "evaluators=mae measures without, method.online_probe=true trains one beside it"
+        )
     if mix is not None and not architecture["num_classes"]:
         raise UserError("augment.batch mixes labels, and this method learns none: give augment.batch=null")
     stage, fresh = config.stage, ()

@@ -160,6 +160,7 @@ def fit(
     if accelerator.scaler is not None:  # the wrapper looks for a package on disk at each step: 0.1 ms for nothing else
         optimizer = wrapped
     parameters = [p for p in run.method.parameters() if p.requires_grad]
+    clipped = run.method.clipped()
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
     data = {key: torch.from_numpy(digest) for key, digest in run.source.digests().items()} if first else {}
     state = State(run.method, optimizer, ema, accelerator.scaler, data=data, evaluated=config.stage.trains)
@@ -236,7 +237,7 @@ def fit(
             guard.admit(state.step, loss, torch.cat(indices))
             if settings.clip_norm is not None:
                 accelerator.unscale_gradients()  # fp16's
-                state.tally.add("grad_norm", nn.utils.clip_grad_norm_(parameters, settings.clip_norm))
+                state.tally.add("grad_norm", nn.utils.clip_grad_norm_(clipped, settings.clip_norm))
             optimizer.step()
             optimizer.zero_grad()
             run.method.after_step(update.progress)

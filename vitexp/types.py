@@ -65,9 +65,23 @@ class Method(nn.Module):
         return self.backbone(images)
 
     @property
+    def has_classifier(self) -> bool:
+        """Whether `logits` has an answer."""
+        return True
+
+    @property
     def whole(self) -> nn.Module | None:
-        """What is learned together with the backbone and worth loading and keeping with it, such as a decoder."""
+        """What weights to start from are loaded into where it is more than the backbone, such as with its decoder."""
         return None
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What is kept beside the exported backbone, each as <name>.safetensors, to evaluate or go on with."""
+        return {}
+
+    def clipped(self) -> list[nn.Parameter]:
+        """Those whose gradients make up the global norm that train.clip_norm bounds."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def after_step(self, progress: Progress) -> None:
         """Called after every update; a teacher would move here."""
@@ -95,6 +109,7 @@ class Evaluator(Protocol):
     this rank's share, normalised and on the device, each picture once over all ranks; shares may differ in length."""
 
     needs_labels: ClassVar[bool]
+    reads_logits: ClassVar[bool]  # asks the method for its classifier's
     reads_train: ClassVar[bool]  # asks for batches("train"), too
 
     def __call__(

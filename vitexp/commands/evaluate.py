@@ -25,7 +25,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         run = locate(named[-1], uri=next(iter(uris), None), weights=next(iter(weights), None), needed=[RAW_NAME])
         place, file = run.folder, run.weights or "model.safetensors"
         if (place / RAW_NAME).exists():
-            config = reload(place, rest)
+            config = reload(place, rest, config_dir)
         else:
             config = as_exported(compose_and_check(rest, config_dir), place, file)
         found = evaluate(config, run_dir=place, weights=file)
@@ -39,9 +39,10 @@ def main(arguments: list[str], config_dir: str | None) -> int:
 
     path = make_folder(place) / "evaluation.json"
     write_atomic(path, json.dumps(found, indent=2) + "\n")
+    width = max(map(len, found), default=0) + 2
     for name, value in found.items():
         if isinstance(value, float):
-            print(f"{name:<28}{value:.6g}")
+            print(f"{name:<{width}}{value:.6g}")
     print(f"written to {path}")
     return 0
 
@@ -52,8 +53,7 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
     With a run folder its exported weights are taken, else those that the settings name."""
     import torch
 
-    from vitexp.export import WHOLE_NAME
-    from vitexp.models.weights import load_weights
+    from vitexp.export import load_part
     from vitexp.run import build_run
     from vitexp.runtime import make_accelerator
     from vitexp.train import measure
@@ -78,8 +78,8 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
                     f"{_differing(trained.classes, run.source.classes)}"
                 )
             run.backbone.load_state_dict(trained.model.state_dict())
-            if run.method.whole is not None:
-                load_weights(run.method.whole, run_dir / WHOLE_NAME)
+            for name, part in run.method.parts.items():
+                part.load_state_dict(load_part(run_dir, name))
         run.method.to(accelerator.device)
         with torch.no_grad():
             metrics, arrays = measure(run, "val", accelerator=accelerator)

@@ -72,7 +72,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     found = locate(given["run"], uri=given.get("uri") or next(iter(stores), None), needed=[RAW_NAME])
     folder, weights = found.folder, found.weights
     if (folder / RAW_NAME).exists() or weights is None:
-        return plan(reload(folder, overrides), probe=probe, plot=plot)
+        return plan(reload(folder, overrides, config_dir), probe=probe, plot=plot)
     asked = [*overrides, *(f"{key}={given[key]}" for key in ("probe", "plot") if key in given)]
     if asked:
         raise UserError(f"{asked[0]}: {folder} holds weights without the settings of their run, so nothing to train by")

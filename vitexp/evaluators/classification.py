@@ -24,6 +24,7 @@ class Classification:
     before every name, as probe_ in probe_top1."""
 
     needs_labels: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = True
     reads_train: ClassVar[bool] = False
 
     def __init__(self, *, topk: Sequence[int] = (1, 5), calibration: bool = True, prefix: str = "") -> None:

@@ -29,6 +29,7 @@ class Knn:
     the device of every rank: 4 GB for ImageNet at width 768."""
 
     needs_labels: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     reads_train: ClassVar[bool] = True
 
     def __init__(self, *, k: int = 20, temperature: float = 0.07, pool: Pool = "mean") -> None:

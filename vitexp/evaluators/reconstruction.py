@@ -31,6 +31,7 @@ class Reconstruction:
     `pictures` of them, spread at random over the split and always the same ones, are returned to be drawn."""
 
     needs_labels: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
     reads_train: ClassVar[bool] = False
 
     def __init__(self, *, pictures: int = 8) -> None:

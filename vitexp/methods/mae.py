@@ -11,6 +11,7 @@ from vitexp.errors import UserError
 from vitexp.models.mae import MaskedAutoencoder
 from vitexp.types import Batch, Method, Progress, StepOutput
 
+NO_CLASSIFIER = "method=mae: has no classifier to evaluate; method.online_probe=true trains one beside it"
 PROBE_STD = 0.01  # of the probe's first weights, as of MAE's linear probe
 
 
@@ -62,8 +63,19 @@ class MaskedAutoencoding(Method):
         return self.autoencoder.encoder
 
     @property
+    def has_classifier(self) -> bool:
+        return self.probe is not None
+
+    @property
     def whole(self) -> nn.Module:
         return self.autoencoder
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"autoencoder": self.autoencoder} | ({} if self.probe is None else {"probe": self.probe})
+
+    def clipped(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         order = self.autoencoder.order(batch.images)
@@ -80,13 +92,8 @@ class MaskedAutoencoding(Method):
         return StepOutput(loss + (probe_loss - probe_loss.detach()), metrics)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The online probe's, from all patches. UserError without one, and for one that has never learned."""
+        """The online probe's, from all patches. UserError without one."""
         if self.probe is None:
-            raise UserError("method=mae: has no classifier to evaluate; method.online_probe=true trains one beside it")
-        if not self.probe.get_buffer("0.num_batches_tracked"):  # an export leaves the probe out
-            raise UserError(
-                "method.online_probe: nothing has taught this classifier, and exported weights hold none; "
-                "stage=evaluate evaluators=mae measures the rest"
-            )
+            raise UserError(NO_CLASSIFIER)
         encoder = self.autoencoder.encoder
         return self.probe(encoder.encode(encoder.embed(images)).patches.mean(dim=1))
