@@ -134,7 +134,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     for number, signum in killed:
         if signum not in received and signum != signal.SIGTERM:
             complain(f"process {number} was killed by signal {signum} ({signal.Signals(signum).name}), likely memory")
-    if received and any(codes):
+    if received:  # also where the ranks had just ended well: what would come after them was not wanted
         return 128 + received[0]
     # The first to fail has the reason; the others were ended for it.
     reasons = [code for code in codes if 0 < code < 128] or [c if c > 0 else 128 - c for c in codes if c]
