@@ -223,7 +223,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: x + attention(norm x), then x + mlp(norm x). ViT section 3.1, equations 2 and 3.
 
-    `dropout` follows the attention's output projection and both dense layers of the MLP (ViT appendix B.1)."""
+    `dropout` follows the attention's output projection and both dense layers of the MLP (ViT appendix B.1).
+    `residual_scale` divides what attention and MLP add to x (LV-ViT, arXiv:2104.10858)."""
 
     def __init__(
         self,
@@ -236,12 +237,14 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        residual_scale: float = 1.0,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         act_layer: Any = nn.GELU,  # timm's Mlp declares a class and takes any factory
         attention: str = "auto",
         attention_scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.residual_scale = residual_scale
         self.norm1 = norm_layer(dim)
         self.attn = Attention(
             dim,
@@ -261,12 +264,13 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _residual(x, self.drop_path1(self.ls1(self.attn(self.norm1(x)))))
-        return _residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+        x = _residual(x, self.drop_path1(self.ls1(self.attn(self.norm1(x)))), self.residual_scale)
+        return _residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.residual_scale)
 
 
-def _residual(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch. A bf16 branch is widened first, as the sum does inside too, and that copy then holds the sum."""
+def _residual(x: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+    """x + branch / scale. A bf16 branch is widened first, as the sum does inside too, and that copy then holds it."""
     if (x.dtype, branch.dtype) == (torch.float32, torch.bfloat16):
-        return branch.float().add_(x)
-    return x + branch
+        widened = branch.float()
+        return (widened if scale == 1 else widened.div_(scale)).add_(x)
+    return x + branch if scale == 1 else torch.add(x, branch, alpha=1 / scale)

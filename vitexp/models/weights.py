@@ -28,13 +28,14 @@ from vitexp.models.checks import height_width, one_of
 from vitexp.models.pos_embed import POSITION_MODES, Grid, infer_grid, resize_pos_embed, square_side
 
 HEAD_CHOICES = ("auto", "keep", "fresh")
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar, as ImageNet codes name them, is no archive
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
 # Where training codes put the weights, best first: who saved averaged weights evaluated those.
 _WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
-_POSITION_MODE_OF = {"jax": "jax", "mae": "mae", "timm": "timm"}
+_LVVIT_STEM = "patch_embed.conv3.weight"
+_POSITION_MODE_OF = {"jax": "jax", "mae": "mae", "lvvit": "mae", "timm": "timm"}  # LV-ViT resizes as MAE does
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class LoadReport:
     """What `load_weights` did. Printing it gives one paragraph."""
 
     path: str
-    family: str  # jax (official .npz), mae (MAE pretraining), timm (timm's keys, also our own runs)
+    family: str  # jax (official .npz), mae (MAE pretraining), lvvit (LV-ViT's stem), timm (timm's keys, all others)
     loaded: int  # tensors taken over
     head: str  # kept, fresh (zero), or none where the model has no classifier
     missing: tuple[str, ...]  # the model's names that the file did not fill: they keep their fresh values
@@ -79,14 +80,16 @@ def load_weights(
     position_mode: str | None = None,
     grid: Grid | None = None,
 ) -> LoadReport:
-    """Fills `model` from a .safetensors, .pt .pth .bin, official JAX ViT .npz or a run folder, and reports.
+    """Fills `model` from a .safetensors, .pt .pth .bin .tar, official JAX ViT .npz or a run folder, and reports.
 
     `head`: auto keeps the file's classifier when it fits, else the model's starts at zero (ViT appendix B.1.1); keep
     insists; fresh always starts at zero. The hidden fc-tanh layer of a pretraining head is dropped when the model has
     none, and the classifier then starts fresh, since it read other features; the same where the file normalises every
     token and the model the pooled vector (`fc_norm`), as in MAE's fine-tuning. A masked autoencoder takes the decoder
     along where the file has one, else its own stays fresh and the report says so; other models leave it in the file.
-    `position_mode` is jax, mae or timm; by default that of the file's family: npz jax, MAE pretraining mae, else timm.
+    LV-ViT's classifier of tokens stays in the file where the model has none; a model with two keeps both or neither.
+    `position_mode` is jax, mae or timm; by default that of the file's family: npz jax, MAE pretraining and LV-ViT mae,
+    else timm.
     `grid` is the file's (rows, columns) of patches, needed only where its number of patches does not tell.
     Raises UserError when the file cannot be read or anything else is missing, left over or of another shape."""
     one_of("head", head, HEAD_CHOICES)
@@ -102,6 +105,7 @@ def load_weights(
     notes = [f"weights under {wrapper!r}"] if wrapper else []
     dropped: list[str] = []
     anew = _settle_decoder(state, own, dropped, notes)
+    _settle_token_head(state, own, dropped)
 
     # ---- head ----------------------------------------------------------------------------------------------------
     # What the classifier reads comes from these two; where the file's are not the model's, they start fresh with it.
@@ -173,7 +177,7 @@ def read_state_dict(file: Path) -> tuple[dict[str, Tensor], str, str | None]:
     if not loaded or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise UserError(f"{file}: holds no state dict, bare or under {', '.join(_WRAPPERS)}")
     state = _strip_prefixes(loaded)
-    return state, "mae" if _is_mae_pretraining(state) else "timm", wrapper
+    return state, _family(state), wrapper
 
 
 def _resolve(path: Path) -> tuple[Path, Grid | None]:
@@ -357,6 +361,12 @@ def _is_mae_pretraining(state: Mapping[str, Tensor]) -> bool:
     return any(map(_is_mae_decoder, state)) or (bool(zero_row) and "head.weight" not in state)
 
 
+def _family(state: Mapping[str, Tensor]) -> str:
+    if _is_mae_pretraining(state):
+        return "mae"
+    return "lvvit" if _LVVIT_STEM in state else "timm"
+
+
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "head_prefixes", ("head.",)))
 
@@ -383,6 +393,15 @@ def _settle_decoder(
                 dropped.append(key)
         anew += ("norm.",)
     return anew
+
+
+def _settle_token_head(state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: list[str]) -> None:
+    """Drops LV-ViT's classifier of tokens where the model has none; the class token's may then still be kept."""
+    of_file = [key for key in state if key.startswith("aux_head.")]
+    if not any(key.startswith("aux_head.") for key in own):
+        dropped += of_file
+        for key in of_file:
+            del state[key]
 
 
 def _settle_pre_logits(state: dict[str, Tensor], own: Mapping[str, Tensor], dropped: list[str]) -> bool:
@@ -494,6 +513,10 @@ def _misfit(
 def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     if all(map(_is_mae_decoder, missing + unexpected + misshaped)):
         return "\nOnly the decoder differs: load_weights(model.encoder, ...) loads the encoder alone"
+    if _LVVIT_STEM in unexpected:
+        return "\nThe file is an LV-ViT: model=lvvit_tiny, lvvit_small, lvvit_medium or lvvit_large"
+    if _LVVIT_STEM in missing:
+        return "\nThe file has no LV-ViT stem: model=vit_base and the like"
     if "cls_token" in missing:
         return "\nThe file has no class token: model.class_token=false model.pool=mean"
     if "cls_token" in unexpected:
