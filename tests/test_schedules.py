@@ -1,4 +1,4 @@
-"""Learning-rate curves against those of the official MAE and JAX ViT code, and the arithmetic of updates."""
+"""Learning-rate curves against those of the official codes of the papers, and the arithmetic of updates."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
 CONF = TESTS.parent / "conf" / "schedule"
 MAE = np.load(TESTS / "golden" / "schedules_mae.npz")
 JAX = np.load(TESTS / "golden" / "schedules_vit_jax.npz")
+BY_EPOCH = np.load(TESTS / "golden" / "schedules_lvvit_deit_t2t.npz")
 ALL = {name: getattr(schedules, name) for name in ("cosine", "linear_warmup", "constant", "wsd")}
 
 
@@ -73,6 +74,43 @@ def test_durations_in_steps_give_the_jax_schedule(name: str, schedule: schedules
     ]
     # the reference is float32: its cosine near pi is a difference of two numbers close to 1
     np.testing.assert_allclose(ours, JAX[name], rtol=2e-6, atol=1e-7 * meta["base"])
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "lr"),
+    [
+        ("lv/lvvit_s", "lvvit", 1.6e-3),
+        ("lv/lvvit_l", "lvvit", 1e-3),
+        ("lv/finetune384", "lvvit_finetune", 5e-6),
+        ("deit/deit_bs1024", "deit", 1e-3),
+        ("deit/deit3_small_800ep", "deit", 4e-3),
+        ("t2t/t2t_14_8gpu", "t2t_vit", 5e-4),
+        ("t2t/t2t_7_4gpu", "t2t_vit", 1e-3),
+    ],
+)
+def test_every_update_of_an_epoch_has_the_official_loops_rate(name: str, preset: str, lr: float) -> None:
+    official = BY_EPOCH[name]
+    schedule = load(preset)
+    horizon = plan_horizon(3, accumulate=1, epochs=len(official), max_steps=None)
+    ours = [schedule(horizon.progress(step), lr=lr) for step in range(horizon.num_updates)]
+    np.testing.assert_allclose(ours, np.repeat(official, 3), rtol=1e-12)
+
+
+def test_a_warmup_in_any_unit_moves_by_whole_epochs() -> None:
+    horizon = plan_horizon(10, accumulate=1, epochs=20, max_steps=None)
+
+    def curve(**arguments: float) -> list[float]:
+        return [schedules.cosine_by_epoch(horizon.progress(step), lr=1.0, **arguments) for step in range(200)]
+
+    assert curve(warmup_epochs=4) == curve(warmup_steps=40) == curve(warmup_fraction=0.2)
+    assert curve(warmup_epochs=4)[:41:10] == [0.0, 0.25, 0.5, 0.75, 0.5 + 0.5 * math.cos(math.pi * 0.2)]
+    assert curve(warmup_epochs=4, lag_epochs=1)[10:] == curve(warmup_epochs=4)[:-10]
+    assert set(curve(warmup_epochs=4, cooldown_epochs=5, min_lr=0.1)[150:]) == {0.1}
+    assert set(curve(warmup_epochs=4, cooldown_epochs=30, min_lr=0.1)[40:]) == {0.1}
+    with pytest.raises(UserError, match=r"schedule\.cooldown_epochs=-1"):
+        curve(cooldown_epochs=-1)
+    with pytest.raises(UserError, match=r"schedule\.warmup_epochs=5 and schedule\.warmup_steps=100"):
+        curve(warmup_epochs=5, warmup_steps=100)
 
 
 # ---- figures of the papers, worked out by hand -----------------------------------------------------------------------

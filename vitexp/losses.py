@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,3 +12,37 @@ def classification_loss(logits: Tensor, targets: Tensor, *, label_smoothing: flo
 
     Smoothing spreads its share evenly over all k classes, the right one included (torch's and timm's convention)."""
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+def soft_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of -sum(targets * log softmax(logits)), in float32.
+
+    logits (m * b, ..., k) are m copies of a batch, one after the other, with targets (b, ..., k), which may have 1
+    where what stands there shares a target. Targets need not sum to 1: those of smoothed token labels do not."""
+    log_probabilities = F.log_softmax(logits.float(), dim=-1).unflatten(0, (-1, len(targets)))
+    return -(targets * log_probabilities).sum(-1).mean()
+
+
+def token_label_loss(
+    cls_logits: Tensor,
+    token_logits: Tensor,
+    cls_targets: Tensor,
+    token_targets: Tensor,
+    *,
+    cls_weight: float = 1.0,
+    token_weight: float = 0.5,
+) -> Tensor:
+    """Weighted sum of the class token's loss, (b, k), and the mean of the patch tokens', (b, n, k).
+
+    Token targets (b, 1, k) are the same for all tokens of a picture. The token's weight is the paper's
+    (arXiv:2104.10858); the official code's default is 1."""
+    cls_loss, token_loss = soft_target_loss(cls_logits, cls_targets), soft_target_loss(token_logits, token_targets)
+    return cls_weight * cls_loss + token_weight * token_loss
+
+
+def with_ground_truth(cls_targets: Tensor, ground_truth: Tensor) -> Tensor:
+    """(b, k) a teacher's labels mixed with the ground truth's: half of each where both name the same class.
+
+    Where they differ 0.9 is the teacher's, as the official code does, and not as its comment says."""
+    agree = cls_targets.argmax(1, keepdim=True) == ground_truth.argmax(1, keepdim=True)
+    return torch.lerp(ground_truth, cls_targets, torch.where(agree, 0.5, 0.9))

@@ -43,6 +43,42 @@ def cosine(
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * _share(position - length, total - length)))
 
 
+def cosine_by_epoch(
+    progress: Progress,
+    *,
+    lr: float,
+    warmup_epochs: float | None = None,
+    warmup_steps: int | None = None,
+    warmup_fraction: float | None = None,
+    default_warmup_fraction: float = 0.0,
+    warmup_start_lr: float = 0.0,
+    cooldown_epochs: float = 0.0,
+    lag_epochs: int = 0,
+    min_lr: float = 0.0,
+) -> float:
+    """Linear warm-up to `lr`, half a cosine and `cooldown_epochs` at `min_lr`, one value an epoch, as timm's scheduler.
+
+    The cosine starts with the run, not after the warm-up, which takes its place for as long as it lasts. With
+    lag_epochs 1 every epoch has the value that was due one epoch before, the first two the start's: DeiT's loop.
+    Warm-up and errors as in `cosine`; a run no longer than its cooldown only warms up.
+    """
+    _check_levels(lr, warmup_start_lr, min_lr)
+    epoch = max(math.floor(progress.epoch) - number_in_range("schedule.lag_epochs", lag_epochs), 0.0)
+    begun = Progress(
+        step=round(epoch / progress.total_epochs * progress.total_steps),
+        total_steps=progress.total_steps,
+        epoch=epoch,
+        total_epochs=progress.total_epochs,
+    )
+    position, length, _ = _duration(
+        "warmup", warmup_epochs, warmup_steps, warmup_fraction, default_warmup_fraction, begun
+    )
+    if position < length:
+        return _rise(position / length, warmup_start_lr, lr)
+    falling = progress.total_epochs - number_in_range("schedule.cooldown_epochs", cooldown_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * _share(epoch, falling)))
+
+
 def linear_warmup(
     progress: Progress,
     *,
