@@ -55,10 +55,16 @@ def test_single_draws_and_oblong_grids_are_the_official_ones() -> None:
         if keep != before:
             stream, before = np.random.RandomState(99), keep
         assert official_box(stream, keep, (14, 14)) == box
-    boxes = STATS["rect_draws_10x20_lam0.3"]
-    possible = {tuple(token_box([0.3, r / 10, c / 20], grid=(10, 20))) for r in range(10) for c in range(20)}
-    assert {(top, bottom, left, right) for top, left, bottom, right in boxes.tolist()} <= possible
-    assert (boxes[:, 3] - boxes[:, 1]).max() == 16, "the second side is the columns'"
+    stream = np.random.RandomState(77)
+    assert [official_box(stream, 0.3, (10, 20)) for _ in range(50)] == STATS["rect_draws_10x20_lam0.3"].tolist()
+
+
+def test_boxes_and_kept_shares_are_those_of_cutmix_on_pixels() -> None:
+    stream = np.random.RandomState(55)
+    for keep, top, bottom, left, right, kept in STATS["cutmix_bbox_and_lam_224_seed55"].tolist():
+        assert stream.beta(1, 1) == keep
+        assert official_box(stream, keep, (224, 224)) == [top, left, bottom, right]
+        assert kept_share((int(top), int(bottom), int(left), int(right)), grid=(224, 224)) == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("side", [14, 28])
