@@ -96,7 +96,7 @@ def test_a_sweep_gives_every_job_a_process_and_a_folder_and_survives_a_bad_one(w
         (["model.depht=3"], ["model.depht", "'model.depth'"]),
         (["--multirun", "optim=adam,sdg"], ["sdg", "'sgd'"]),
         (["data=folder", "data.root=nowhere"], ["data.root=nowhere", "no such file or folder"]),
-        (["evaluate", "run=nowhere"], ["run=nowhere", "no such folder"]),
+        (["evaluate", "run=nowhere"], ["run=nowhere", "no such run"]),
         (["evaluate"], ["run=<run folder>"]),
         (["sync"], ["run=<run folder>"]),
         (["--config-dir", "nowhere"], ["--config-dir nowhere", "no such folder"]),

@@ -181,7 +181,7 @@ def test_exported_weights_alone_are_enough(run, pictures, tmp_path):
     code = predict.main([f"run={alone}", f"input={pictures}/a/[0-9].jpg", f"output={tmp_path / 'p.jsonl'}"], None)
     assert code == 0
     assert [Path(row["file"]).name for row in rows_of(tmp_path / "p.jsonl")] == [f"{n}.jpg" for n in range(6)]
-    with pytest.raises(UserError, match=r"model_best.safetensors is not there"):
+    with pytest.raises(UserError, match=r"weights=model_best\.safetensors: .* has model\.safetensors"):
         predict.main(
             [f"run={alone}", f"input={pictures}", f"output={tmp_path / 'x.csv'}", "weights=model_best.safetensors"],
             None,
@@ -251,7 +251,7 @@ def test_the_command_line_knows_predict(run, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["predict", f"run={run / 'nothing'}", f"input={pictures}/a/2.jpg", f"output={tmp_path / 'q.csv'}"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("is not there")
+    assert "nothing: there is no such run." in capsys.readouterr().err
 
 
 # ---- a run in MLflow

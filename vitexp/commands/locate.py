@@ -42,7 +42,8 @@ def locate(run: str, *, uri: str | None = None, weights: str | None = None, need
         return Located(place.parent, place.name)
     if place.exists():
         raise UserError(f"run={run}: is no run folder and no exported weights (.safetensors)")
-    siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
+    beside = place.parent.iterdir() if place.parent.is_dir() else ()
+    siblings = [path.name for path in beside if path.is_dir() or path.suffix == ".safetensors"]
     raise UserError(f"run={run}: there is no such run.{nearest(place.name, siblings)}")
 
 
