@@ -45,12 +45,7 @@ def export_model(
     assert set(PREPROCESSING_KEYS) <= set(preprocessing), sorted(preprocessing)
     assert not any("_orig_mod." in key or key.startswith("module.") for key in state_dict), "export the unwrapped model"
     path = make_folder(Path(run_dir)) / filename
-    try:
-        with atomic_file(path) as beside:
-            save_file(_separate(state_dict), beside, metadata={"format": "pt"})
-            checksum, size = sha256_of(beside), beside.stat().st_size
-    except SafetensorError as error:  # its own class for a full disk, too
-        raise UserError(f"cannot write {path}: {error}") from error
+    checksum, size = _write_weights(path, state_dict)
     description = {
         "format": FORMAT,
         "vitexp": vitexp.__version__,
@@ -69,11 +64,7 @@ def export_model(
 def export_part(run_dir: str | Path, name: str, state_dict: Mapping[str, Tensor]) -> Path:
     """Writes `<name>.safetensors`, which a method keeps beside its backbone. Raises UserError."""
     path = make_folder(Path(run_dir)) / f"{name}.safetensors"
-    try:
-        with atomic_file(path) as beside:
-            save_file(_separate(state_dict), beside, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    _write_weights(path, state_dict)
     return path
 
 
@@ -94,6 +85,16 @@ def description_of(weights: Path) -> Path:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
+    """The file's checksum and bytes, once it is there whole. Raises UserError."""
+    try:
+        with atomic_file(path) as beside:
+            save_file(_separate(state_dict), beside, metadata={"format": "pt"})
+            return sha256_of(beside), beside.stat().st_size
+    except SafetensorError as error:  # its own class for a full disk, too
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

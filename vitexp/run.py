@@ -67,16 +67,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
 
     Without for_training the pictures to train on stay undecoded."""
     source = open_source(config)
-    evaluators: dict[str, Evaluator] = build(config.evaluators)
-    unlabelled_notes = []
-    if not source.classes and any(not evaluator.needs_labels for evaluator in evaluators.values()):
-        left_out = [name for name, evaluator in evaluators.items() if evaluator.needs_labels]
-        evaluators = {name: evaluator for name, evaluator in evaluators.items() if name not in left_out}
-        unlabelled_notes = (
-            [f"evaluators left out, for no picture has a label: {', '.join(left_out)}"] if left_out else []
-        )
-    if any(evaluator.needs_labels for evaluator in evaluators.values()):
-        source.require_labels()
+    evaluators, evaluator_notes = choose_evaluators(config, source)
     cache, ranks = config.data["cache"], config.runtime.processes
     shown = os.environ.get("RANK", "0") == "0"
     train_data = open_split(
@@ -105,11 +96,10 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     seed_everything(config.seed)
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
-    notes = [*source.notices, *unlabelled_notes, train_data.note, *([val_data.note] if val_data is not None else [])]
+    notes = [*source.notices, *evaluator_notes, train_data.note, *([val_data.note] if val_data is not None else [])]
     method: Method = build(config.method, backbone=backbone)
-    architecture["num_classes"] = getattr(
-        backbone, "num_classes", architecture["num_classes"]
-    )  # mae takes the head off
+    # A method may have taken the head off.
+    architecture["num_classes"] = getattr(backbone, "num_classes", architecture["num_classes"])
     readers = [name for name, evaluator in evaluators.items() if evaluator.reads_logits]
     if readers and not method.has_classifier:
         raise UserError(
@@ -151,6 +141,22 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         },
         notes=notes,
     )
+
+
+def choose_evaluators(config: RunConfig, source: Source) -> tuple[dict[str, Evaluator], list[str]]:
+    """Those of the settings that the pictures allow, and what is to be said of others: without any label some can go.
+
+    Raises UserError where none is left that does without labels the pictures lack."""
+    evaluators: dict[str, Evaluator] = build(config.evaluators)
+    notes = []
+    if not source.classes and any(not evaluator.needs_labels for evaluator in evaluators.values()):
+        left_out = [name for name, evaluator in evaluators.items() if evaluator.needs_labels]
+        evaluators = {name: evaluator for name, evaluator in evaluators.items() if name not in left_out}
+        if left_out:
+            notes = [f"evaluators left out, for no picture has a label: {', '.join(left_out)}"]
+    if any(evaluator.needs_labels for evaluator in evaluators.values()):
+        source.require_labels()
+    return evaluators, notes
 
 
 def open_source(config: RunConfig) -> Source:

@@ -221,3 +221,11 @@ def test_a_run_of_one_update_has_a_table_of_one_row():
 )
 def test_slots_are_the_tensors_that_the_optimizer_really_keeps(optimizer, slots: int):
     assert slots_of(optimizer, weight_decay=0.1) == slots
+
+
+def test_the_last_store_given_counts_whichever_way_it_is_named():
+    from vitexp.commands.locate import take_uri
+
+    given = ["uri=a", "train.epochs=3", "tracking.uri=b"]
+    assert take_uri(given) == ("b", ["train.epochs=3"])
+    assert take_uri(["train.epochs=3"]) == (None, ["train.epochs=3"])

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vitexp.commands.locate import locate
+from vitexp.commands.locate import locate, take_uri
 from vitexp.config import RAW_NAME, RunConfig, compose_and_check, reload
 from vitexp.errors import UserError
 
@@ -20,9 +20,8 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     weights = [text.partition("=")[2] for text in arguments if text.startswith("weights=")]
     rest = [text for text in arguments if not text.startswith(("run=", "weights="))]
     if named:
-        uris = [text.partition("=")[2] for text in rest if text.startswith(("uri=", "tracking.uri="))]
-        rest = [text for text in rest if not text.startswith(("uri=", "tracking.uri="))]
-        run = locate(named[-1], uri=next(iter(uris), None), weights=next(iter(weights), None), needed=[RAW_NAME])
+        uri, rest = take_uri(rest)
+        run = locate(named[-1], uri=uri, weights=weights[-1] if weights else None, needed=[RAW_NAME])
         place, file = run.folder, run.weights or "model.safetensors"
         if (place / RAW_NAME).exists():
             config = reload(place, rest, config_dir)

@@ -47,6 +47,13 @@ def locate(run: str, *, uri: str | None = None, weights: str | None = None, need
     raise UserError(f"run={run}: there is no such run.{nearest(place.name, siblings)}")
 
 
+def take_uri(overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The tracking store that `uri=` or `tracking.uri=` names, the last one given, and the overrides without them."""
+    keys = ("uri=", "tracking.uri=")
+    given = [text.partition("=")[2] for text in overrides if text.startswith(keys)]
+    return (given[-1] if given else None), [text for text in overrides if not text.startswith(keys)]
+
+
 def store_of_training() -> str | None:
     """Where training tracks when nothing is said: conf/tracking/mlflow.yaml."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None

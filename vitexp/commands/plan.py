@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vitexp import plots
-from vitexp.commands.locate import locate
+from vitexp.commands.locate import locate, take_uri
 from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
 from vitexp.costs import (
     StateBytes,
@@ -35,7 +35,7 @@ from vitexp.horizon import Horizon, plan_horizon, preview
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.probe import Speed, matrix_gflops, measure_speed
-from vitexp.run import model_arguments, open_source
+from vitexp.run import choose_evaluators, model_arguments, open_source
 from vitexp.runtime import make_accelerator
 from vitexp.schedules import Schedule
 from vitexp.seeding import derive_seed
@@ -67,9 +67,8 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         if "uri" in given:
             raise UserError(f"uri={given['uri']}: says where run=mlflow:<run id> is; there is no run= here")
         return plan(compose_and_check(overrides, config_dir), probe=probe, plot=plot)
-    stores = [text.partition("=")[2] for text in overrides if text.startswith("tracking.uri=")]
-    overrides = [text for text in overrides if not text.startswith("tracking.uri=")]
-    found = locate(given["run"], uri=given.get("uri") or next(iter(stores), None), needed=[RAW_NAME])
+    uri, overrides = take_uri(overrides)
+    found = locate(given["run"], uri=given.get("uri") or uri, needed=[RAW_NAME])
     folder, weights = found.folder, found.weights
     if (folder / RAW_NAME).exists() or weights is None:
         return plan(reload(folder, overrides, config_dir), probe=probe, plot=plot)
@@ -178,8 +177,7 @@ def prepare(config: RunConfig) -> Planned:
     if not config.stage.trains:
         raise UserError(f"stage={config.stage.name}: trains nothing, so there is nothing to plan")
     source = open_source(config)
-    if any(evaluator.needs_labels for evaluator in build(config.evaluators).values()):
-        source.require_labels()
+    choose_evaluators(config, source)
     architecture = model_arguments(config, num_classes=len(source.classes))
     if "pretrained" in architecture:
         architecture["pretrained"] = False  # nothing is downloaded: of weights only the number matters

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitexp.errors import UserError
 from vitexp.models.checks import flag, one_of, positive, whole
 from vitexp.models.layers import Block, Linear, PatchEmbed
-from vitexp.models.vit import HEAD_INITS, AttentionPath, VisionTransformer, _init_linear
+from vitexp.models.vit import HEAD_INITS, AttentionPath, VisionTransformer, init_linear
 from vitexp.types import Features
 
 Output = Literal["cls_plus_max", "cls_plus_mean", "cls", "tokens_mean"]
@@ -164,7 +164,7 @@ class LVViT(VisionTransformer):
         if self.num_classes == 0 or not self.token_head:
             return None
         layer = Linear(self.num_features, self.num_classes).to(self.pos_embed)
-        _init_linear(layer, std=std)
+        init_linear(layer, std=std)
         return layer
 
     @torch.no_grad()

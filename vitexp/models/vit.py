@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
         std = HEAD_INITS[one_of("init", init, tuple(HEAD_INITS))]
         self.num_classes = whole("num_classes", num_classes, at_least=0)
         self.head = self._new_head().to(self.pos_embed)
-        _init_linear(self.head, std=std)
+        init_linear(self.head, std=std)
 
     def _new_head(self) -> nn.Module:
         if self.num_classes == 0:
@@ -295,11 +295,11 @@ def _init_jax(model: VisionTransformer) -> None:
     for hidden in model.pre_logits.modules():
         if isinstance(hidden, nn.Linear):
             _lecun_normal(hidden)
-    _init_linear(model.head, std=0.0)
+    init_linear(model.head, std=0.0)
 
 
 def _init_timm(model: VisionTransformer) -> None:
-    _init_linear(model, std=0.02)
+    init_linear(model, std=0.02)
     model.patch_embed.proj.reset_parameters()
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=1e-6)
@@ -310,7 +310,7 @@ def _init_mae(model: VisionTransformer) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             xavier(module)
-    _init_linear(model.head, std=HEAD_INITS["mae_finetune"])
+    init_linear(model.head, std=HEAD_INITS["mae_finetune"])
     model.patch_embed.proj.reset_parameters()
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))  # a view: the convolution is a matrix here
     if model.cls_token is not None:
@@ -333,7 +333,7 @@ def _lecun_normal(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _init_linear(module: nn.Module, *, std: float) -> None:
+def init_linear(module: nn.Module, *, std: float) -> None:
     """Every linear layer in it: weights of a normal cut at +-2, or zero; biases zero."""
     for layer in module.modules():
         if not isinstance(layer, nn.Linear):
