@@ -118,7 +118,7 @@ def test_killed_at_random_times_it_ends_bit_for_bit_the_same(tmp_path: Path, wor
         f"random-{n}": [("time", draw.randrange(int(0.2 * whole), int(whole))) for _ in range(2)] for n in range(20)
     }
     reports = killed_runs(tmp_path, moments, *extra)
-    assert sum(any(report["killed"]) for report in reports.values()) >= 15
+    assert all(any(report["killed"]) for report in reports.values())
     for name in moments:
         assert_same_run(tmp_path / "whole", tmp_path / name)
 
