@@ -579,7 +579,7 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
     crop = getattr(train, "crop", train)
     found = {key: getattr(crop, key) for key in recipe.crop if key != "interpolation"}
     if "interpolation" in recipe.crop:
-        assert crop.resized["interpolation"] == evaluated.resized["interpolation"] == recipe.crop["interpolation"]
+        assert crop.interpolation == evaluated.resized["interpolation"] == recipe.crop["interpolation"]
     assert type(crop).__name__ == ("ResizedCropFlip" if "area" in recipe.crop else "PadCropFlip")
     for key, value in found.items():
         assert list(_listed(value)) == pytest.approx(list(_listed(recipe.crop[key]))), key

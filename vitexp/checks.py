@@ -113,6 +113,8 @@ RANGES: dict[str, Allowed] = {
     "model.norm_eps": Allowed(0, above=True),
     "model.representation_dim": COUNT_OR_NULL,
     "method.label_smoothing": FRACTION,
+    "method.cls_weight": Allowed(0),
+    "method.token_weight": Allowed(0),
 }
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "resume": ("auto", "must", "never"),
@@ -226,6 +228,37 @@ def check_model_shape(model: dict[str, Any]) -> None:
             f"model.num_heads={heads}: does not divide model.embed_dim={width}; "
             f"nearest that do: {', '.join(map(str, close))}"
         )
+
+
+TOKEN_LABELING, MIX, ROLLED = (
+    "vitexp.methods.token_labeling.TokenLabeling",
+    "vitexp.mixing.Mix",
+    "vitexp.mixing.RolledMixup",
+)
+
+
+def check_token_labels(config: dict[str, Any]) -> None:
+    """Raises UserError where store, method and mixing of a batch do not fit together; the store itself is not read."""
+    store, target, labels = (_select(config, key) for key in ("train.token_labels", "method._target_", "method.labels"))
+    own = target == TOKEN_LABELING
+    if own and store is None and labels != "ground_truth" and config["stage"]["trains"]:
+        raise UserError(
+            f"method.labels={labels}: needs train.token_labels=<store>, which python -m vitexp label makes;\n"
+            "method.labels=ground_truth trains without one"
+        )
+    if store is None:
+        return
+    if own and labels == "ground_truth":
+        raise UserError(f"train.token_labels={store}: not read by method.labels=ground_truth; give tokens or picture")
+    if not own and str(target).startswith("vitexp."):
+        raise UserError(f"train.token_labels={store}: not read by this method; give method=token_labeling, or null")
+    for key, node in _component_nodes(config["augment"].get("batch"), "augment.batch"):
+        mixes = node["_target_"] == MIX and (node.get("mixup_alpha") or node.get("cutmix_alpha"))
+        if node["_target_"] == ROLLED or (mixes and node.get("mode", "batch") != "batch"):
+            raise UserError(
+                f"{key}: token labels are mixed with one share a batch: vitexp.mixing.Mix with mode=batch "
+                "(augment.mix_mode), or no mixing (augment.batch=null)"
+            )
 
 
 def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:

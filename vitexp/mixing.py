@@ -67,8 +67,13 @@ def cutmix(images: Tensor, targets: Tensor, *, box: Box) -> tuple[Tensor, Tensor
     height, width = images.shape[-2:]
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right].flip(0)
-    lam = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, torch.lerp(targets.flip(0), targets, lam)
+    return mixed, torch.lerp(targets.flip(0), targets, share_outside(box, height, width))
+
+
+def share_outside(box: Box, height: int, width: int) -> float:
+    """Of a picture's area, the part that is its own."""
+    top, bottom, left, right = box
+    return 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def mix_each(images: Tensor, targets: Tensor, *, lam: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +117,10 @@ class Mix:
 
     An alpha of 0 turns that one off; with both off only the smoothing is left. `prob` is the chance that anything is
     mixed and `switch_prob` that it is cutmix where both are on: drawn once a batch, once a pair of partners, or once
-    a picture (mode elem), as are the shares and boxes. Odd batches work: the middle picture stays alone."""
+    a picture (mode elem), as are the shares and boxes. Odd batches work: the middle picture stays alone.
+
+    A batch with label maps keeps in them the share that was drawn for it: their targets are mixed as a whole, as in
+    the official LV-ViT code, and not in space. That needs one share a batch. Raises UserError for other modes."""
 
     def __init__(
         self,
@@ -150,11 +158,18 @@ class Mix:
         if self.mode == "batch":
             (lam,), (box,) = self.draw(rng, 1, height, width)
             top, bottom, left, right = box.tolist()
+            kept = float(lam)
             if top < bottom and left < right:
+                kept = share_outside((top, bottom, left, right), height, width)
                 images, targets = cutmix(images, targets, box=(top, bottom, left, right))
             elif lam < 1:
-                images, targets = mixup(images, targets, lam=float(lam))
-            return replace(batch, images=images, targets=targets)
+                images, targets = mixup(images, targets, lam=kept)
+            maps = None if batch.maps is None else replace(batch.maps, lam=kept)
+            return replace(batch, images=images, targets=targets, maps=maps)
+        if batch.maps is not None and (self.mixup_alpha or self.cutmix_alpha):
+            raise UserError(
+                f"augment.batch: mode={self.mode} cannot mix token labels, which need one share a batch: batch"
+            )
         if self.mode == "elem":
             lam, boxes = self.draw(rng, count, height, width)
         else:
@@ -182,6 +197,8 @@ class RolledMixup:
         self.alpha, self.label_smoothing = alpha, _probability("label_smoothing", label_smoothing)
 
     def __call__(self, batch: Batch, *, num_classes: int, seed: int) -> Batch:
+        if batch.maps is not None:
+            raise UserError("augment.batch: RolledMixup cannot mix token labels; vitexp.mixing.Mix with mode=batch can")
         targets = _probabilities(batch.targets, num_classes, smoothing=self.label_smoothing)
         share = np.random.default_rng(seed).beta(self.alpha, self.alpha)
         images, targets = mixup_rolled(batch.images, targets, lam=float(max(share, 1 - share)))

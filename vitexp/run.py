@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from vitexp.config import RunConfig, build
 from vitexp.costs import forward_gflops
 from vitexp.data.images import Source, keep_classes, keep_share
+from vitexp.data.label_store import LabelStore, open_store
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
 from vitexp.mixing import BatchStep
@@ -43,6 +45,7 @@ class Run:
     make_mirror: Callable[..., Any]
     architecture: dict[str, Any]  # the model's `_target_` and arguments, num_classes included: rebuilds it anywhere
     preprocessing: dict[str, Any]  # what evaluation does to a picture
+    token_labels: LabelStore | None = None  # of the training pictures
     notes: list[str] = field(default_factory=list)  # choices made on the way that a person should know
 
     @property
@@ -55,6 +58,12 @@ class Run:
         places = [self.config.data.get(key) for key in ("root", "train", "val")]
         return ", ".join(str(place) for place in places if place) or f"vitexp:{self.source.name}"
 
+    def digests(self) -> dict[str, np.ndarray]:
+        """What training reads, for data.images.changes to tell whether a later start finds the same."""
+        if self.token_labels is None:
+            return self.source.digests()
+        return self.source.digests() | {"token labels": np.array([int(self.token_labels.fingerprint(), 16)])}
+
     def gflops(self) -> float:
         """10^9 floating point operations of one picture's forward, a multiplication and an addition counted apart."""
         with torch.device("meta"):
@@ -66,6 +75,8 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     """Everything a run needs, on the CPU. The weights depend on the seed alone. Raises UserError.
 
     Without for_training the pictures to train on stay undecoded."""
+    labelled = config.train.token_labels if for_training else None
+    store = None if labelled is None else open_store(Path(labelled).expanduser())
     source = open_source(config)
     evaluators, evaluator_notes = choose_evaluators(config, source)
     cache, ranks = config.data["cache"], config.runtime.processes
@@ -77,6 +88,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         name="train",
         processes=ranks,
         progress=shown,
+        maps=None if store is None else (store, store.rows_for(source.train, classes=source.classes)),
     )
     evaluated_as = build(config.augment["eval"])
     val_data = reference_data = None
@@ -97,6 +109,8 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     architecture = model_arguments(config, num_classes=len(source.classes))
     backbone = build(architecture)
     notes = [*source.notices, *evaluator_notes, train_data.note, *([val_data.note] if val_data is not None else [])]
+    if store is not None:
+        notes.append(f"{_described(store)} ({labelled}, {store.fingerprint()})")
     method: Method = build(config.method, backbone=backbone)
     # A method may have taken the head off.
     architecture["num_classes"] = getattr(backbone, "num_classes", architecture["num_classes"])
@@ -129,6 +143,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         make_optimizer=build(config.optim["optimizer"]),
         schedule=build(config.schedule),
         evaluators=evaluators,
+        token_labels=store,
         make_mirror=build(config.tracking),
         architecture=architecture,
         preprocessing={
@@ -173,6 +188,12 @@ def model_arguments(config: RunConfig, *, num_classes: int) -> dict[str, Any]:
     if wanted is not None and num_classes not in (0, wanted):
         raise UserError(f"model.num_classes={wanted}: the data has {num_classes} classes; null takes as many")
     return {**config.model, "num_classes": num_classes if wanted is None else wanted}
+
+
+def _described(store: LabelStore) -> str:
+    _, kept, height, width = store.values.shape
+    teacher = store.head["teacher"].get("name", "a teacher")
+    return f"token labels of {teacher}: {kept} classes in each of {height} x {width} cells"
 
 
 def _pair(size: int | list[int]) -> tuple[int, int]:

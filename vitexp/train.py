@@ -162,7 +162,7 @@ def fit(
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     clipped = run.method.clipped()
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
-    data = {key: torch.from_numpy(digest) for key, digest in run.source.digests().items()} if first else {}
+    data = {key: torch.from_numpy(digest) for key, digest in run.digests().items()} if first else {}
     state = State(run.method, optimizer, ema, accelerator.scaler, data=data, evaluated=config.stage.trains)
 
     # ---- Where it was -----------------------------------------------------------------------------------------------
@@ -191,6 +191,8 @@ def fit(
             device=accelerator.device.type,
             processes=world,
         )
+        if run.token_labels is not None:
+            facts["token_labels"] = run.token_labels.fingerprint()
         books = reports.Books(run, folder, horizon, facts=facts, state=state, resumed=found is not None)
     batches = train_batches(
         run.train_data,
@@ -284,7 +286,11 @@ def ready(batch: Batch, run: Run, device: torch.device) -> Batch:
     """The batch on the device, its uint8 pictures normalised there: a quarter of the bytes travel."""
     images = batch.images.to(device, non_blocking=True)
     images = normalise(images, run.preprocessing["mean"], run.preprocessing["std"])
-    return replace(batch, images=images, targets=batch.targets.to(device, non_blocking=True))
+    maps = batch.maps
+    if maps is not None:  # boxes stay: token_labels.py begins with them on the CPU
+        values, numbers = (part.to(device, non_blocking=True) for part in (maps.values, maps.numbers))
+        maps = replace(maps, values=values, numbers=numbers)
+    return replace(batch, images=images, targets=batch.targets.to(device, non_blocking=True), maps=maps)
 
 
 def evaluate(

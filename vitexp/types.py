@@ -17,12 +17,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class LabelMaps:
+    """Of each picture of a batch, what a teacher saw where: its largest logits in each of h x w cells, and where the
+    crop shown lies among them. See vitexp.data.token_labels, which makes targets of these."""
+
+    values: Tensor  # (b, k, h, w) float16 logits; 0 where nothing of the picture is
+    numbers: Tensor  # (b, k, h, w) int32 classes that they belong to
+    boxes: Tensor  # (b, 4) float32 top, left, height, width of the crop, in fractions of the map; stays on the CPU
+    mirrored: Tensor  # (b,) bool: the crop was then turned from left to right; stays on the CPU
+    lam: float = 1.0  # the share that each picture kept when the batch was mixed, the rest being that of b - 1 - i
+
+
+@dataclass(frozen=True)
 class Batch:
     """Pictures of one step. uint8 as the loader makes it, normalised floats from the moment it is on the device."""
 
     images: Tensor  # (b, c, h, w)
     targets: Tensor  # (b,) class numbers, or (b, k) probabilities after mixing; -1 where a picture has no label
     index: Tensor  # (b,) position of each picture in its split: names it in errors, counts it once in metrics
+    maps: LabelMaps | None = None  # where train.token_labels names a store, in training
 
 
 @dataclass(frozen=True)

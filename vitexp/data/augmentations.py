@@ -12,13 +12,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from timm.data.auto_augment import AugmentOp, rand_augment_ops, rand_augment_transform
 
-from vitexp.data.transforms import Interpolation, PadCropFlip, Resizer, Transform
+from vitexp.data.geometry import MOVES, WHOLE, Places, cropped, recut, with_moves
+from vitexp.data.transforms import (
+    Box,
+    DrawnInterpolation,
+    Interpolation,
+    PadCropFlip,
+    ResizedCropFlip,
+    Resizer,
+    TrackedTransform,
+    covering,
+)
 from vitexp.errors import UserError
 
 _POLICY = re.compile(r"rand(-(m\d+|n[1-9]\d*|p[01](\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*")
@@ -37,10 +47,22 @@ class PictureStep(Protocol):
     def __call__(self, image: Image.Image, u: np.ndarray) -> Image.Image: ...
 
 
+Moves = list[np.ndarray]  # (2, 3) each, of one picture, in order: geometry.MOVES
+
+
+@runtime_checkable
+class MovingStep(PictureStep, Protocol):
+    """A step that may move the places of a picture, and has to say so, or label maps would not follow."""
+
+    def tracked(self, image: Image.Image, u: np.ndarray) -> tuple[Image.Image, Moves]:
+        """As the call, and what it did to places."""
+        ...
+
+
 class Augmented:
     """A crop, and then steps on each picture it gives: a Transform as those of transforms.py."""
 
-    def __init__(self, crop: Transform, *, steps: Sequence[PictureStep]) -> None:
+    def __init__(self, crop: TrackedTransform, *, steps: Sequence[PictureStep]) -> None:
         self.crop, self.steps = crop, list(steps)
         self.num_uniforms = crop.num_uniforms + sum(step.num_uniforms for step in self.steps)
 
@@ -48,17 +70,91 @@ class Augmented:
         """What the crop does once."""
         return self.crop.fixed(image)
 
+    def view(self, height: int, width: int) -> Box:
+        return self.crop.view(height, width)
+
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
         out = self.crop.random(stack, u[:, : self.crop.num_uniforms])
-        out = np.array(out) if out is stack else out  # a crop without randomness hands the cached pictures through
+        return self._stepped(out, u, given=stack)
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        out, places = self.crop.tracked(stack, u[:, : self.crop.num_uniforms])
+        moves: list[Moves] = []
+        return self._stepped(out, u, given=stack, moves=moves), with_moves(places, moves)
+
+    def _stepped(
+        self, out: np.ndarray, u: np.ndarray, *, given: np.ndarray, moves: list[Moves] | None = None
+    ) -> np.ndarray:
+        out = np.array(out) if out is given else out  # a crop without randomness hands the cached pictures through
         with global_generators_kept():
-            for pixels, row in zip(out, u, strict=True):
-                image, used = _to_rgb(pixels), self.crop.num_uniforms
-                for step in self.steps:
-                    image = step(image, row[used : used + step.num_uniforms])
-                    used += step.num_uniforms
+            for pixels, row in zip(out, u[:, self.crop.num_uniforms :], strict=True):
+                image = stepped(_to_rgb(pixels), row, self.steps, moves=moves)
                 pixels[...] = _to_planar(image, channels=len(pixels))
         return out
+
+
+class AugmentedWhole:
+    """A flip, steps on the whole picture, and then a crop: LV-ViT's official order (arXiv:2104.10858).
+
+    It costs more than `Augmented` the larger the pictures are, and crops may show what moved in from outside."""
+
+    def __init__(self, crop: ResizedCropFlip, *, steps: Sequence[PictureStep], flip: float = 0.5) -> None:
+        if not 0 <= flip <= 1:
+            raise UserError(f"flip={flip} is not a probability between 0 and 1")
+        if crop.flip:
+            raise UserError(f"crop.flip={crop.flip}: the flip stands before the steps here; crop.flip=0")
+        self.crop, self.steps, self.flip = crop, list(steps), flip
+        self.num_uniforms = crop.num_uniforms + 1 + sum(step.num_uniforms for step in self.steps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.crop.size
+
+    def fixed(self, image: np.ndarray) -> np.ndarray:
+        return self.crop.fixed(image)
+
+    def view(self, height: int, width: int) -> Box:
+        return self.crop.view(height, width)
+
+    def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
+        return self.crop.random(self._stepped(stack, u), u[:, : self.crop.num_uniforms])
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        moves: list[Moves] = []
+        out, last = self.crop.tracked(self._stepped(stack, u, moves=moves), u[:, : self.crop.num_uniforms])
+        whole = cropped(np.tile(WHOLE, (len(stack), 1)), self._mirrored(u))
+        return out, recut(with_moves(whole, moves), last.cut)
+
+    def _mirrored(self, u: np.ndarray) -> np.ndarray:
+        return u[:, self.crop.num_uniforms] < self.flip
+
+    def _stepped(self, stack: np.ndarray, u: np.ndarray, *, moves: list[Moves] | None = None) -> np.ndarray:
+        out = np.empty_like(stack)  # (b, h, w, c)
+        mirrored, rows = self._mirrored(u), u[:, self.crop.num_uniforms + 1 :]
+        with global_generators_kept():
+            for k, row in enumerate(rows):
+                pixels = (stack[k, :, ::-1] if mirrored[k] else stack[k]).transpose(2, 0, 1)
+                image = stepped(_to_rgb(pixels), row, self.steps, moves=moves)
+                out[k] = _to_planar(image, channels=len(pixels)).transpose(1, 2, 0)
+        return out
+
+
+def stepped(
+    image: Image.Image, u: np.ndarray, steps: Sequence[PictureStep], *, moves: list[Moves] | None = None
+) -> Image.Image:
+    """The picture after all steps, which share its random numbers out in turn; its moves are added to `moves`."""
+    used, made = 0, []
+    for step in steps:
+        drawn = u[used : used + step.num_uniforms]
+        used += step.num_uniforms
+        if moves is not None and isinstance(step, MovingStep):
+            image, of_step = step.tracked(image, drawn)
+            made += of_step
+        else:
+            image = step(image, drawn)
+    if moves is not None:
+        moves.append(made)
+    return image
 
 
 class RandAugment:
@@ -72,17 +168,23 @@ class RandAugment:
     num_uniforms = 1
 
     def __init__(
-        self, policy: str, *, fill: Sequence[float] = (0.5, 0.5, 0.5), interpolation: Interpolation = "bicubic"
+        self, policy: str, *, fill: Sequence[float] = (0.5, 0.5, 0.5), interpolation: DrawnInterpolation = "bicubic"
     ) -> None:
         if not _POLICY.fullmatch(policy):
             raise UserError(f"policy={policy} is not a RandAugment of timm such as rand-m9-mstd0.5-inc1")
-        settings = {"img_mean": _rgb(fill), "interpolation": Image.Resampling[interpolation.upper()]}
+        settings: dict[str, Any] = {"img_mean": _rgb(fill)}
+        if interpolation != "random":  # timm's own way: bilinear or bicubic, drawn for each operation
+            settings["interpolation"] = Image.Resampling[interpolation.upper()]
         self._augment = rand_augment_transform(policy, settings)
         _keep_a_bit(self._augment.ops)
 
     def __call__(self, image: Image.Image, u: np.ndarray) -> Image.Image:
         _seed_globals(u[0])
         return self._augment(image)
+
+    def tracked(self, image: Image.Image, u: np.ndarray) -> tuple[Image.Image, Moves]:
+        with noted(self._augment.ops) as moves:
+            return self(image, u), moves
 
 
 class RandAugmentTPU:
@@ -123,6 +225,10 @@ class RandAugmentTPU:
         for _ in range(self.num_ops):
             image = random.choice(self.operations)(image)
         return image
+
+    def tracked(self, image: Image.Image, u: np.ndarray) -> tuple[Image.Image, Moves]:
+        with noted([one for one in self.operations if isinstance(one, AugmentOp)]) as moves:
+            return self(image, u), moves
 
 
 class ThreeAugment:
@@ -192,8 +298,17 @@ class SimpleRandomCrop:
         pad = [self.padding] * 2
         return np.pad(self._crop.fixed(image), ([0, 0], pad, pad), mode="reflect")
 
+    def view(self, height: int, width: int) -> Box:
+        top, left, tall, wide = self._crop.view(height, width)
+        _, (resized_h, resized_w) = covering(height, width, self.size)
+        pad_h, pad_w = self.padding * tall / resized_h, self.padding * wide / resized_w
+        return top - pad_h, left - pad_w, tall + 2 * pad_h, wide + 2 * pad_w
+
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
         return self._crop.random(stack, u)
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        return self._crop.tracked(stack, u)
 
 
 @contextmanager
@@ -205,6 +320,35 @@ def global_generators_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def noted(operations: Sequence[AugmentOp]) -> Iterator[Moves]:
+    """Of those operations that move places, the moves they make meanwhile, in order, as they are really applied.
+
+    timm's operations draw for themselves whether and how far they move, so their function is watched, not their draws;
+    it is the same that is called when nobody watches."""
+    moves: Moves = []
+    moving = [(operation, operation.aug_fn) for operation in operations if operation.name in MOVES]
+    try:
+        for operation, function in moving:
+            operation.aug_fn = partial(_noting, function, MOVES[operation.name], moves)
+        yield moves
+    finally:
+        for operation, function in moving:
+            operation.aug_fn = function
+
+
+def _noting(
+    function: Callable[..., Image.Image],
+    move: Callable[[int, int, float], np.ndarray],
+    moves: Moves,
+    image: Image.Image,
+    argument: float,
+    **settings: Any,
+) -> Image.Image:
+    moves.append(move(image.height, image.width, argument))
+    return function(image, argument, **settings)
 
 
 def _seed_globals(u: float) -> None:

@@ -7,33 +7,79 @@ them on the device.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vitexp.data.geometry import follow, joined, seen_through
 from vitexp.data.images import Images
 from vitexp.data.memory import available_memory, cores
 from vitexp.data.sampler import Position, eval_positions, train_positions
 from vitexp.data.sampler import effective_batch_size as effective_batch_size
 from vitexp.data.sampler import micro_batches_per_epoch as micro_batches_per_epoch
-from vitexp.data.transforms import Transform, apply
+from vitexp.data.transforms import Box, TrackedTransform, Transform, apply
 from vitexp.errors import UserError
 from vitexp.seeding import uniforms
-from vitexp.types import Batch
+from vitexp.types import Batch, LabelMaps
 
 CACHES = ("auto", "memory", "none")
 AUTO_SHARE = 0.25  # of the free memory, which `cache: auto` may take for one split
 _PROBED = 32  # pictures looked at before deciding whether all have one size
 _CHUNK = 64  # pictures that a decoding thread takes at a time
+
+
+class MapStore(Protocol):
+    """What the loader needs of a label store; see label_store.LabelStore."""
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """`crop` says what of a picture its map covers: whole, or center, the largest square in the middle."""
+        ...
+
+    @property
+    def values(self) -> np.ndarray:
+        """float16 (m, k, h, w), which may lie on disk."""
+        ...
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int32 (m, k, h, w)"""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SplitMaps:
+    """The label maps of a split's pictures."""
+
+    store: MapStore
+    rows: np.ndarray  # (n,) of each picture in the store
+
+    def of(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and class numbers (b, k, h, w) of these pictures, in memory."""
+        rows = self.rows[index]
+        return np.asarray(self.store.values[rows]), np.asarray(self.store.numbers[rows])
+
+    def view(self, transform: TrackedTransform, height: int, width: int) -> Box:
+        """What the transform's fixed part keeps of a picture of that size, in fractions of what its map covers."""
+        top, left, tall, wide = transform.view(height, width)
+        if self.store.head["crop"] == "whole":
+            return top, left, tall, wide
+        side = min(height, width)
+        down, across = side / height, side / width
+        return (top - (1 - down) / 2) / down, (left - (1 - across) / 2) / across, tall / down, wide / across
+
+
+Fetched = tuple[np.ndarray, ...]  # pictures, labels, and where there are maps geometry.Followed's four
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +90,8 @@ class CachedSplit:
     labels: np.ndarray  # (n,) int64
     transform: Transform
     note: str  # a sentence for the person who runs: what was chosen and why
+    maps: SplitMaps | None = None
+    views: np.ndarray | None = None  # (n, 4) what `pictures` show of what the maps cover
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,6 +101,15 @@ class CachedSplit:
         u = uniforms(position.seed, position.epoch, position.index, self.transform.num_uniforms)
         return self.transform.random(self.pictures[position.index], u), self.labels[position.index]
 
+    def fetch_with_maps(self, position: Position) -> Fetched:
+        """As `fetch`, bit for bit, and the label maps brought to the same places: see geometry.follow."""
+        assert self.maps is not None and self.views is not None
+        transform = cast(TrackedTransform, self.transform)  # open_split has seen it
+        u = uniforms(position.seed, position.epoch, position.index, transform.num_uniforms)
+        pictures, places = transform.tracked(self.pictures[position.index], u)
+        places = seen_through(places, self.views[position.index])
+        return pictures, self.labels[position.index], *follow(*self.maps.of(position.index), places)
+
 
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
@@ -61,6 +118,7 @@ class StreamedSplit:
     images: Images
     transform: Transform
     note: str
+    maps: SplitMaps | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,6 +128,23 @@ class StreamedSplit:
         u = uniforms(position.seed, position.epoch, position.index, self.transform.num_uniforms)
         pictures = (self.images.read(i) for i in position.index.tolist())
         return apply(self.transform, pictures, u), self.images.labels[position.index]
+
+    def fetch_with_maps(self, position: Position) -> Fetched:
+        """As CachedSplit's, bit for bit. Raises BadImage."""
+        assert self.maps is not None
+        transform = cast(TrackedTransform, self.transform)
+        made, places = [], []
+        for i, u in zip(
+            position.index.tolist(),
+            uniforms(position.seed, position.epoch, position.index, transform.num_uniforms),
+            strict=True,
+        ):
+            image = self.images.read(i)
+            pixels, place = transform.tracked(transform.fixed(image)[None], u[None])
+            made.append(pixels)
+            places.append(seen_through(place, np.array([self.maps.view(transform, *image.shape[:2])])))
+        followed = follow(*self.maps.of(position.index), joined(places))
+        return np.concatenate(made), self.images.labels[position.index], *followed
 
 
 Split = CachedSplit | StreamedSplit
@@ -83,17 +158,26 @@ def open_split(
     name: str = "train",
     processes: int = 1,
     progress: bool = True,
+    maps: tuple[MapStore, np.ndarray] | None = None,
 ) -> Split:
     """The split with its transform, in memory or not, as data.cache says; `.note` tells what `auto` chose.
 
     `memory` needs every picture to have one size after the transform's fixed part. `auto` takes memory where the
     pictures themselves have one size and fit into a quarter of the free memory (shared by `processes` on this
-    machine). Raises UserError, and BadImage for a picture that cannot be read."""
+    machine). `maps`, a store of label maps and the row of each picture in it, makes the batches carry them along.
+    Raises UserError, and BadImage for a picture that cannot be read."""
     if cache not in CACHES:
         raise UserError(f"data.cache={cache} is not one of {', '.join(CACHES)}")
+    if maps is not None and not hasattr(transform, "tracked"):
+        raise UserError(
+            f"augment.train: {type(transform).__name__} does not tell where its crops come from (no method `tracked`), "
+            "so label maps cannot follow it"
+        )
+    stored = None if maps is None else SplitMaps(*maps)
     count, free = len(images), available_memory() // processes
     if cache == "none":
-        return StreamedSplit(images, transform, f"{name}: {count:,} pictures, decoded as needed (data.cache=none)")
+        note = f"{name}: {count:,} pictures, decoded as needed (data.cache=none)"
+        return StreamedSplit(images, transform, note, stored)
     first = transform.fixed(images.read(0))
     need = first.nbytes * count
     if cache == "memory":
@@ -103,30 +187,22 @@ def open_split(
                 "use data.cache=none"
             )
         try:
-            pictures = _decode_all(images, transform, like=first, name=name, progress=progress)
+            return _cached(images, transform, like=first, name=name, progress=progress, maps=stored)
         except _OtherShape as other:
             raise UserError(
                 f"data.cache=memory: the pictures of {name} have different sizes "
                 f"({images.names[0]}: {_shape(first)}, {images.names[other.i]}: {_shape(other.found)}); "
                 "use data.cache=none, or an augment option that brings them to one size"
             ) from None
-        return CachedSplit(
-            pictures, images.labels, transform, f"{name}: {count:,} pictures in memory ({_gigabytes(need)})"
-        )
     streamed = "decoded as needed"
     if need > AUTO_SHARE * free:
         why = f"{_gigabytes(need)} would be more than a quarter of the {_gigabytes(free)} of free memory"
-        return StreamedSplit(images, transform, f"{name}: {count:,} pictures, {streamed} ({why})")
+        return StreamedSplit(images, transform, f"{name}: {count:,} pictures, {streamed} ({why})", stored)
     probed = {images.read(int(i)).shape for i in np.linspace(0, count - 1, _PROBED).astype(np.int64)}
     if len(probed) == 1:
-        try:
-            pictures = _decode_all(images, transform, like=first, name=name, progress=progress)
-            return CachedSplit(
-                pictures, images.labels, transform, f"{name}: {count:,} pictures in memory ({_gigabytes(need)})"
-            )
-        except _OtherShape:
-            pass
-    return StreamedSplit(images, transform, f"{name}: {count:,} pictures, {streamed} (their sizes differ)")
+        with contextlib.suppress(_OtherShape):
+            return _cached(images, transform, like=first, name=name, progress=progress, maps=stored)
+    return StreamedSplit(images, transform, f"{name}: {count:,} pictures, {streamed} (their sizes differ)", stored)
 
 
 def auto_workers(split: Split, *, processes: int = 1) -> int:
@@ -175,16 +251,16 @@ def _batches(split: Split, positions: Iterable[Position], *, workers: int, pin_m
         _fetch_here(split, positions) if workers == 0 else _fetch_in_workers(split, positions, workers, pin_memory)
     )
     for tensors in fetched:
-        pinned = [t.pin_memory() if pin_memory and not t.is_pinned() else t for t in tensors]
-        yield Batch(*pinned)
+        images, targets, index, *maps = [t.pin_memory() if pin_memory and not t.is_pinned() else t for t in tensors]
+        yield Batch(images, targets, index, LabelMaps(maps[0], maps[1], maps[2], maps[3]) if maps else None)
 
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]  # pictures, labels, positions, and where there are maps LabelMaps' four
 
 
 def _tensors(split: Split, position: Position) -> Tensors:
-    images, labels = split.fetch(position)
-    return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(position.index)
+    images, labels, *maps = split.fetch(position) if split.maps is None else split.fetch_with_maps(position)
+    return tuple(torch.from_numpy(part) for part in (images, labels, position.index, *maps))
 
 
 def _fetch_here(split: Split, positions: Iterable[Position]) -> Iterator[Tensors]:
@@ -284,17 +360,37 @@ class _OtherShape(Exception):
         self.i, self.found = i, found
 
 
-def _decode_all(images: Images, transform: Transform, *, like: np.ndarray, name: str, progress: bool) -> np.ndarray:
-    """uint8 (n, *like.shape), decoded by threads, which the decoders let run beside each other."""
-    pictures = np.empty((len(images), *like.shape), np.uint8)
+def _cached(
+    images: Images, transform: Transform, *, like: np.ndarray, name: str, progress: bool, maps: SplitMaps | None
+) -> CachedSplit:
+    """The split decoded, with what its pictures show of the whole ones where there are maps. Raises _OtherShape."""
+    pictures, sizes = _decode_all(images, transform, like=like, name=name, progress=progress)
+    note = f"{name}: {len(images):,} pictures in memory ({_gigabytes(pictures.nbytes)})"
+    views = None if maps is None else _views(maps, cast(TrackedTransform, transform), sizes)
+    return CachedSplit(pictures, images.labels, transform, note, maps, views)
+
+
+def _views(maps: SplitMaps, transform: TrackedTransform, sizes: np.ndarray) -> np.ndarray:
+    """(n, 4) boxes, of sizes (n, 2) that are mostly the same."""
+    different, which = np.unique(sizes, axis=0, return_inverse=True)
+    return np.array([maps.view(transform, *size) for size in different.tolist()])[which.ravel()]
+
+
+def _decode_all(
+    images: Images, transform: Transform, *, like: np.ndarray, name: str, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (n, *like.shape), decoded by threads, which the decoders let run beside each other, and the (n, 2) heights
+    and widths of the pictures themselves."""
+    pictures, sizes = np.empty((len(images), *like.shape), np.uint8), np.empty((len(images), 2), np.int64)
 
     def decode_chunk(begin: int) -> int:
         end = min(begin + _CHUNK, len(images))
         for i in range(begin, end):
-            found = transform.fixed(images.read(i))
+            image = images.read(i)
+            found = transform.fixed(image)
             if found.shape != like.shape:
                 raise _OtherShape(i, found)
-            pictures[i] = found
+            pictures[i], sizes[i] = found, image.shape[:2]
         return end - begin
 
     pool = ThreadPoolExecutor(max_workers=cores())
@@ -307,7 +403,7 @@ def _decode_all(images: Images, transform: Transform, *, like: np.ndarray, name:
                 bar.update(done)
     finally:
         pool.shutdown(cancel_futures=True)
-    return pictures
+    return pictures, sizes
 
 
 def _gigabytes(count: int) -> str:

@@ -2,8 +2,10 @@
 
 A transform has two parts. `fixed` needs no randomness and is done once for pictures kept in memory; `random` works on
 a stack of its results. Both paths of the loader call the same two, so cached and streamed pictures are equal bit for
-bit. Resizing is torch's antialiased one for uint8, at least 60 dB from Pillow's and 2.5 times as fast;
-`resizer: pillow` is the exact one of the papers' pipelines.
+bit. Both also tell what they did to the places of a picture (geometry.py), for label maps that have to follow it:
+`view` of `fixed`, and `tracked` in the place of `random`, of which that is the first half. Resizing is torch's
+antialiased one for uint8, at least 60 dB from Pillow's and 2.5 times as fast; `resizer: pillow` is the exact one of the
+papers' pipelines.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from vitexp.data.geometry import WHOLE, Places, cropped
 from vitexp.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
+DrawnInterpolation = Literal["bilinear", "bicubic", "random"]  # random: one of the two for each picture
+Box = tuple[float, float, float, float]  # top, left, height, width, in fractions of what it is cut from
 Resizer = Literal["torch", "pillow"]
 _LONGEST = 16  # times the short side; of a longer picture the middle is taken before resizing: 4000x1 would be 600 MB
 _TRIES = 10  # random crops drawn before the central one is taken
@@ -37,6 +42,18 @@ class Transform(Protocol):
 
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
         """uint8 (b, c, H, W) from b results of `fixed` that have one shape, and (b, num_uniforms) numbers."""
+        ...
+
+
+class TrackedTransform(Transform, Protocol):
+    """What the loader needs of an augmentation that label maps can follow."""
+
+    def view(self, height: int, width: int) -> Box:
+        """What of a picture of that size `fixed` hands on; beyond 0 and 1 where it pads."""
+        ...
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        """As `random`, and where in the results of `fixed` each picture was taken from."""
         ...
 
 
@@ -76,8 +93,20 @@ class ResizeCenterCrop:
             image = image[top : top + height, left : left + width]
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 
+    def view(self, height: int, width: int) -> Box:
+        if (height, width) == self.size:
+            return WHOLE
+        crop_h, crop_w = self.size
+        covered = math.floor(crop_h / self.crop_fraction), math.floor(crop_w / self.crop_fraction)
+        middle, (tall, wide) = covering(height, width, covered)
+        top, left = round((tall - crop_h) / 2), round((wide - crop_w) / 2)
+        return box_in(middle, (top / tall, left / wide, crop_h / tall, crop_w / wide), height, width)
+
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
         return stack
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        return stack, cropped(np.tile(WHOLE, (len(stack), 1)), np.zeros(len(stack), bool))
 
 
 class PadCropFlip:
@@ -112,15 +141,33 @@ class PadCropFlip:
         padded[:, pad_h : pad_h + height, pad_w : pad_w + width] = image.transpose(2, 0, 1)
         return padded
 
+    def view(self, height: int, width: int) -> Box:
+        middle, (tall, wide) = covering(height, width, self.size)
+        pad_h, pad_w = (round(self.padding * side) for side in self.size)
+        padded = (-pad_h / tall, -pad_w / wide, 1 + 2 * pad_h / tall, 1 + 2 * pad_w / wide)
+        return box_in(middle, padded, height, width)
+
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
+        return self._taken(stack, *self._drawn(stack, u))
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        top, left, mirrored = self._drawn(stack, u)
+        height, width = (np.full(len(stack), side) for side in self.size)
+        boxes = np.stack([top, left, height, width], axis=1) / np.tile(stack.shape[2:], 2)
+        return self._taken(stack, top, left, mirrored), cropped(boxes, mirrored)
+
+    def _drawn(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First row and column of each crop, and whether it is mirrored."""
         height, width = self.size
         top = (u[:, 0] * (stack.shape[2] - height + 1)).astype(np.int64)
         left = (u[:, 1] * (stack.shape[3] - width + 1)).astype(np.int64)
-        windows = sliding_window_view(stack, (height, width), axis=(2, 3))
-        cropped = windows[np.arange(len(stack)), :, top, left]
-        mirrored = u[:, 2] < self.flip
-        cropped[mirrored] = cropped[mirrored][..., ::-1]
-        return cropped
+        return top, left, u[:, 2] < self.flip
+
+    def _taken(self, stack: np.ndarray, top: np.ndarray, left: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        windows = sliding_window_view(stack, self.size, axis=(2, 3))
+        crops = windows[np.arange(len(stack)), :, top, left]
+        crops[mirrored] = crops[mirrored][..., ::-1]
+        return crops
 
 
 class ResizedCropFlip:
@@ -128,7 +175,8 @@ class ResizedCropFlip:
 
     The draw is torchvision's RandomResizedCrop: area uniform in a share of the picture, aspect log-uniform; of ten
     tries the first that fits, else the largest central crop within the aspect range. MAE pretrains with
-    area=[0.2, 1]. `retry=False`: one try, its sides cut to the picture's, as MAE's linear probe draws it."""
+    area=[0.2, 1]. `retry=False`: one try, its sides cut to the picture's, as MAE's linear probe draws it.
+    `interpolation="random"` draws bilinear or bicubic for each picture, as timm does unless told otherwise."""
 
     num_uniforms = 2 * _TRIES + 3
 
@@ -140,7 +188,7 @@ class ResizedCropFlip:
         aspect: Sequence[float] = (3 / 4, 4 / 3),
         retry: bool = True,
         flip: float = 0.5,
-        interpolation: Interpolation = "bicubic",
+        interpolation: DrawnInterpolation = "bicubic",
         resizer: Resizer = "torch",
     ) -> None:
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
@@ -149,8 +197,9 @@ class ResizedCropFlip:
             raise UserError(f"aspect={list(aspect)} is not [least, most] with 0 < least <= most")
         self.size, self.area, self.aspect, self.flip = _height_width(image_size), area, aspect, _probability(flip)
         self.retry, self.tries = retry, _TRIES if retry else 1
-        self.num_uniforms = 2 * self.tries + 3
-        self.resized = {"interpolation": interpolation, "resizer": resizer}
+        self.interpolation: DrawnInterpolation = interpolation
+        self.resizer: Resizer = resizer
+        self.num_uniforms = 2 * self.tries + 3 + (interpolation == "random")
 
     def boxes(self, height: int, width: int, u: np.ndarray) -> np.ndarray:
         """(b, 4) whole numbers top, left, height, width within a picture of that size."""
@@ -163,7 +212,8 @@ class ResizedCropFlip:
         fits = (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
         first, rows = fits.argmax(axis=1), np.arange(len(u))
         crop_h, crop_w = tall[rows, first], wide[rows, first]
-        top, left = np.floor(u[:, -3] * (height - crop_h + 1)), np.floor(u[:, -2] * (width - crop_w + 1))
+        place = u[:, 2 * self.tries :]
+        top, left = np.floor(place[:, 0] * (height - crop_h + 1)), np.floor(place[:, 1] * (width - crop_w + 1))
         boxes = np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
         if not (fitted := fits.any(axis=1)).all():
             central_h = min(height, max(round(width / self.aspect[0]), 1))
@@ -175,13 +225,36 @@ class ResizedCropFlip:
         """The picture itself, (h, w, c): every crop is of another size."""
         return image
 
+    def view(self, height: int, width: int) -> Box:
+        return WHOLE
+
     def random(self, stack: np.ndarray, u: np.ndarray) -> np.ndarray:
+        return self._taken(stack, u, *self._drawn(stack, u))
+
+    def tracked(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, Places]:
+        boxes, mirrored = self._drawn(stack, u)
+        return self._taken(stack, u, boxes, mirrored), cropped(boxes / np.tile(stack.shape[1:3], 2), mirrored)
+
+    def _drawn(self, stack: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes in pixels, and whether each is mirrored."""
+        return self.boxes(stack.shape[1], stack.shape[2], u), u[:, 2 * self.tries + 2] < self.flip
+
+    def _taken(self, stack: np.ndarray, u: np.ndarray, boxes: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         out = np.empty((len(stack), stack.shape[3], *self.size), np.uint8)
-        boxes, mirrored = self.boxes(stack.shape[1], stack.shape[2], u), u[:, -1] < self.flip
         for k, (top, left, height, width) in enumerate(boxes.tolist()):
-            crop = resize(stack[k, top : top + height, left : left + width], self.size, **self.resized)
+            crop = resize(
+                stack[k, top : top + height, left : left + width],
+                self.size,
+                interpolation=self._interpolation(u[k]),
+                resizer=self.resizer,
+            )
             out[k] = (crop[:, ::-1] if mirrored[k] else crop).transpose(2, 0, 1)
         return out
+
+    def _interpolation(self, u: np.ndarray) -> Interpolation:
+        if self.interpolation != "random":
+            return self.interpolation
+        return "bilinear" if u[-1] < 0.5 else "bicubic"
 
 
 def resize(image: np.ndarray, size: tuple[int, int], *, interpolation: Interpolation, resizer: Resizer) -> np.ndarray:
@@ -201,21 +274,33 @@ def resize_to_cover(
     image: np.ndarray, size: tuple[int, int], *, interpolation: Interpolation, resizer: Resizer
 ) -> np.ndarray:
     """The whole picture, resized so that one side fits `size` and the other covers it; rounded as torchvision does."""
-    height, width, _ = image.shape
+    (top, left, height, width), target = covering(image.shape[0], image.shape[1], size)
+    middle = image[top : top + height, left : left + width]
+    return resize(middle, target, interpolation=interpolation, resizer=resizer)
+
+
+def covering(height: int, width: int, size: tuple[int, int]) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """What `resize_to_cover` resizes of a picture: top, left, height, width in pixels, and the size it gets."""
     longest_h, longest_w = (
         math.ceil(_LONGEST * width * size[0] / size[1]),
         math.ceil(_LONGEST * height * size[1] / size[0]),
     )
+    top = left = 0
     if height > longest_h:
-        image = image[(height - longest_h) // 2 :][:longest_h]
+        top, height = (height - longest_h) // 2, longest_h
     elif width > longest_w:
-        image = image[:, (width - longest_w) // 2 :][:, :longest_w]
-    height, width, _ = image.shape
+        left, width = (width - longest_w) // 2, longest_w
     if height * size[1] <= width * size[0]:  # the height is what must be reached
         target = size[0], max(size[1], size[0] * width // height)
     else:
         target = max(size[0], size[1] * height // width), size[1]
-    return resize(image, target, interpolation=interpolation, resizer=resizer)
+    return (top, left, height, width), target
+
+
+def box_in(middle: tuple[int, int, int, int], box: Box, height: int, width: int) -> Box:
+    """A box of a part of a picture as one of the picture, the part given in pixels."""
+    top, left, tall, wide = middle
+    return (top + box[0] * tall) / height, (left + box[1] * wide) / width, box[2] * tall / height, box[3] * wide / width
 
 
 def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
