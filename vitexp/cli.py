@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
     "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
+    "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -33,6 +34,7 @@ EXAMPLES = (
     ("python -m vitexp pipeline=mae", "pretrain without labels, k-NN, linear probe, finetune, from scratch, report"),
     ("python -m vitexp data=folder data.root=pictures model=vit_tiny", "your own pictures, one folder a class"),
     ("python -m vitexp predict run=outputs/… input=photos output=photos.csv", "a row a picture, by a finished run"),
+    ("python -m vitexp label teacher=outputs/… output=maps", "what a run sees at each place of its pictures"),
     ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
 )
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--multirun", "-m")

@@ -129,7 +129,7 @@ class LabelWriter:
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.head = {"format": FORMAT, **head}
+        self.head = json.loads(_json({"format": FORMAT, **head}))  # as it is read again: a pair is a list
         assert set(_MADE_BY) <= set(head), sorted(head)
         self.rows = 0  # whole ones
         self.finished = 0  # those that a reader is shown

@@ -1,0 +1,379 @@
+"""`python -m vitexp label teacher=<run | timm:<name> | weights> data=… output=<store>`: a teacher's label maps.
+
+Of every picture the `k` best classes at each place, in a store that train.token_labels takes; `split=all` makes one a
+split, in output/train and output/val. `teacher` is what run= is elsewhere: a run folder, weights it exported, or
+mlflow:<run id> with `uri=`, with `weights` naming one of its files; then without data= the run's own pictures are
+scored. timm:<name> takes timm's pretrained weights (`weights=<file>`: these). Any other weights file needs model=….
+`image_size` shows the teacher pictures of another size than its own, for a finer map. Given again it goes on where it
+was stopped, and scores only pictures that were added.
+
+`python -m vitexp label from=<folder> data=folder data.root=… output=<store>` reads official files of maps instead, one
+a picture, <class>/<name>.pt."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vitexp.commands.locate import Located, locate, take_uri
+from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
+from vitexp.config_paths import config_groups
+from vitexp.errors import UserError, nearest
+from vitexp.models.checks import height_width, one_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitexp.data.images import Images, Source
+    from vitexp.labeling import Maps, Teacher
+
+Size = tuple[int, int]  # height and width in pixels
+
+KEYS = ("teacher", "from", "output", "k", "image_size", "batch_size", "split", "weights", "uri")
+USAGE = "python -m vitexp label teacher=<run, timm:<name> or weights> data=<option> output=<store>"
+SPLITS = ("train", "val", "all")
+KEPT = 5  # classes a place: the official number
+TIMM = "timm:"
+
+
+def main(arguments: list[str], config_dir: str | None) -> int:
+    from vitexp.signals import StopRequest
+
+    uri, arguments = take_uri(arguments)
+    given, overrides = _given(arguments, config_dir)
+    output = Path(given["output"]).expanduser()
+    with StopRequest():  # a signal ends it as an error does: what is whole is kept
+        if "from" in given:
+            import_official(given, overrides, output, config_dir=config_dir)
+        else:
+            label(given, overrides, output, uri=uri, config_dir=config_dir)
+    return 0
+
+
+def label(
+    given: dict[str, str], overrides: list[str], output: Path, *, uri: str | None, config_dir: str | None
+) -> None:
+    """Scores the pictures that the settings name with the teacher that `given` names. Raises UserError."""
+    from vitexp.labeling import check_dense, score
+    from vitexp.run import open_source
+    from vitexp.runtime import make_accelerator
+
+    size, batch_size = _image_size(given.get("image_size")), _whole(given, "batch_size", 64)
+    name, found = given["teacher"], None
+    if not name.startswith(TIMM) and not _is_bare(Path(name).expanduser()):
+        try:
+            found = locate(name, uri=uri, weights=given.get("weights"), needed=[RAW_NAME])
+        except UserError as error:  # it speaks of run=, as it is called elsewhere
+            raise UserError(str(error).replace(f"run={name}", f"teacher={name}")) from None
+    elif uri is not None:
+        raise UserError(f"uri={uri}: says where teacher=mlflow:<run id> is; teacher={name} is none")
+    if found is not None and (found.folder / RAW_NAME).exists():
+        # A teacher that learned from a share of its pictures scores all of them.
+        config = reload(found.folder, ["train.fraction=1.0", *overrides], config_dir)
+    else:
+        config = _settings(overrides, config_dir)
+    source = open_source(config)
+    splits = _splits(source, given.get("split", "train"), output)
+    k = _kept(given.get("k"), len(source.classes))
+    runtime = config.runtime
+    accelerator = make_accelerator(precision=runtime.precision, device=runtime.device, threads=runtime.threads)
+    try:
+        if found is not None:
+            teacher = exported_teacher(name, found, source.classes, size)
+        elif name.startswith(TIMM):
+            teacher = timm_teacher(name, source.classes, size, weights=given.get("weights"))
+        else:
+            if not any(text.startswith("model=") for text in overrides):
+                raise UserError(
+                    f"teacher={name}: weights that no run of vitexp exported; say what model they are of, "
+                    "such as model=timm model.name=resnet18"
+                )
+            teacher = bare_teacher(name, config, source.classes, size)
+        teacher.model.to(accelerator.device).eval()
+        grid = check_dense(teacher.model, teacher.image_size, channels=teacher.channels)
+        head = teacher.head(classes=source.classes, k=k, grid=grid)
+        how = {"k": k, "batch_size": batch_size, "autocast": accelerator.autocast, "workers": config.train.workers}
+        for split, place in splits.items():
+            fill(place, head, source.splits()[split], partial(score, teacher, **how), name=split)
+    finally:
+        accelerator.end_training()
+
+
+def import_official(given: dict[str, str], overrides: list[str], output: Path, *, config_dir: str | None) -> None:
+    """Brings official files of maps into a store as they are. Raises UserError."""
+    from vitexp.labeling import official_head, official_maps, official_paths, read_official_file
+    from vitexp.run import open_source
+
+    root = Path(given["from"]).expanduser()
+    if not root.is_dir():
+        beside = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise UserError(f"from={root}: there is no such folder.{nearest(root.name, beside)}")
+    source = open_source(_settings(overrides, config_dir))
+    for split, place in _splits(source, given.get("split", "train"), output).items():
+        images = source.splits()[split]
+        official_paths(root, images.names)  # what is missing is said before anything is written
+        first = official_paths(root, images.names[:1])[0]
+        shape = read_official_file(first, num_classes=len(source.classes))[0].shape
+
+        def maps(lacking: Images, like: tuple[int, ...] = shape) -> Iterator[Maps]:
+            return official_maps(official_paths(root, lacking.names), classes=source.classes, like=like)
+
+        fill(place, official_head(root, classes=source.classes, shape=shape), images, maps, name=split)
+
+
+def fill(
+    folder: Path, head: Mapping[str, Any], images: Images, maps: Callable[[Images], Iterator[Maps]], *, name: str
+) -> None:
+    """A finished store in `folder`: `maps` makes those of the pictures that it lacks. Says what it did."""
+    from tqdm import tqdm
+
+    from vitexp.data.images import Subset
+    from vitexp.data.label_store import LabelWriter, identities
+
+    pictures = identities(images)
+    with LabelWriter(folder, head) as writer:
+        lacking = writer.lacking(pictures)
+        had, began = writer.finished, time.monotonic()
+        with tqdm(
+            total=len(pictures), initial=len(pictures) - len(lacking), desc=f"labeling {name}", unit=" pictures",
+            delay=2, miniters=1, mininterval=0.2 if sys.stderr.isatty() else 2,
+        ) as bar:  # fmt: skip
+            at = 0
+            for values, numbers in maps(Subset(images, lacking)) if lacking.size else ():
+                done = lacking[at : at + len(values)].tolist()
+                writer.append([pictures[i] for i in done], values, numbers)
+                at += len(done)
+                bar.update(len(done))
+        writer.finish()
+        took = time.monotonic() - began
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    grid, k = "x".join(map(str, head["grid"])), head["k"]
+    what = f"{len(pictures):,} pictures, {k} of {len(head['classes']):,} classes at {grid} places"
+    if not lacking.size and had == writer.rows:
+        print(f"{name}: finished already: {what}, in {folder}")
+        return
+    added = f", {len(lacking):,} of them now" if len(lacking) < len(pictures) else ""
+    rate = f"{len(lacking) / took:,.0f} pictures/s" if lacking.size else "nothing left to score"
+    print(f"{name}: {what}{added} ({rate}, {size / 1e6:,.1f} MB), in {folder}")
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+
+def exported_teacher(name: str, found: Located, classes: Sequence[str], size: Size | None) -> Teacher:
+    """The exported model of a run; a teacher that knows other classes, too, is asked of the data's alone."""
+    from vitexp.data.label_store import class_difference
+    from vitexp.export import sha256_of
+    from vitexp.labeling import Teacher
+    from vitexp.models.weights import load_weights
+    from vitexp.trained import load_run
+
+    trained = load_run(found.folder, weights=found.weights or "model.safetensors")
+    if not trained.classes:
+        raise UserError(f"teacher={name}: knows no classes, its stage was {trained.stage}; finetune it first")
+    if not set(classes) <= set(trained.classes):
+        raise UserError(
+            f"teacher={name}: was trained on other classes than the data has: "
+            f"{class_difference(trained.classes, classes)}"
+        )
+    shown = trained.preprocessing
+    own, model = (shown["image_size"][0], shown["image_size"][1]), trained.model
+    path = found.folder / (found.weights or "model.safetensors")
+    if size is not None and size != own:
+        model = build(_sized(trained.architecture, size))
+        load_weights(model, path, head="keep", grid=getattr(trained.model, "grid_size", None))
+    return Teacher(
+        model=model,
+        columns=[trained.classes.index(one) for one in classes],
+        image_size=size or own,
+        mean=shown["mean"],
+        std=shown["std"],
+        channels=shown["channels"],
+        interpolation=shown["interpolation"],
+        resizer=shown.get("resizer", "torch"),
+        facts={"name": name, "weights_sha256": sha256_of(path)},
+    )
+
+
+def timm_teacher(name: str, classes: Sequence[str], size: Size | None, *, weights: str | None) -> Teacher:
+    """A timm model with timm's weights, or those of a file, shown pictures as timm's description of it says."""
+    import timm
+
+    from vitexp.export import sha256_of
+    from vitexp.labeling import Teacher
+    from vitexp.models.timm_backbone import TimmBackbone
+    from vitexp.models.weights import load_weights
+
+    model_name = name.removeprefix(TIMM)
+    described = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name) else None
+    if described is None:
+        raise UserError(f"teacher={name}: timm has no such model.{nearest(model_name, timm.list_models())}")
+    size = size or (described.input_size[1], described.input_size[2])
+    if weights is not None:
+        model = TimmBackbone(model_name, image_size=size, num_classes=len(classes))
+        checksum = sha256_of(Path(load_weights(model, Path(weights).expanduser(), head="keep").path))
+    else:
+        learn = f"teach it: python -m vitexp model=timm model.name={model_name} data=…, and give teacher=<that run>"
+        if not described.has_weights:
+            raise UserError(f"teacher={name}: timm has no weights for it\n{learn}")
+        if described.num_classes != len(classes):
+            raise UserError(
+                f"teacher={name}: timm's weights know {described.num_classes:,} classes, the data has {len(classes):,}"
+                f"\n{learn}"
+            )
+        model = _downloaded(model_name, size, described.num_classes)
+        checksum = _checksum(model)
+    return Teacher(
+        model=model,
+        columns=range(len(classes)),
+        image_size=size,
+        mean=list(described.mean),
+        std=list(described.std),
+        channels=described.input_size[0],
+        interpolation="bilinear" if described.interpolation == "bilinear" else "bicubic",
+        resizer="torch",
+        facts={"name": name, "weights_sha256": checksum},
+    )
+
+
+def bare_teacher(name: str, config: RunConfig, classes: Sequence[str], size: Size | None) -> Teacher:
+    """Weights without a description, as the model and the preprocessing of the settings."""
+    from vitexp.export import sha256_of
+    from vitexp.labeling import Teacher
+    from vitexp.models.weights import load_weights
+    from vitexp.run import model_arguments
+
+    path = Path(name).expanduser()
+    architecture = model_arguments(config, num_classes=len(classes))
+    size = size or height_width("model.image_size", architecture["image_size"])
+    model = build(_sized(architecture, size))
+    load_weights(model, path, head="keep")
+    return Teacher(
+        model=model,
+        columns=range(len(classes)),
+        image_size=size,
+        mean=config.data["mean"],
+        std=config.data["std"],
+        channels=architecture.get("in_channels", 3),
+        **build(config.augment["eval"]).resized,  # interpolation and resizer
+        facts={"name": name, "weights_sha256": sha256_of(path)},
+    )
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether it is a file of weights without vitexp's description beside it."""
+    return path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file())
+
+
+def _sized(architecture: Mapping[str, Any], size: Size) -> dict[str, Any]:
+    """The architecture for pictures of this size; its weights come from the teacher's file, not from elsewhere."""
+    sized = {**architecture, "image_size": list(size)}
+    return sized | ({"pretrained": False} if "pretrained" in sized else {})
+
+
+def _downloaded(name: str, size: Size, num_classes: int) -> nn.Module:
+    """The model with timm's weights, from the hub or its cache. Raises UserError where they cannot be had."""
+    from vitexp.models.timm_backbone import TimmBackbone
+
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it would tell of each of a dozen attempts
+    try:
+        return TimmBackbone(name, image_size=size, num_classes=num_classes, pretrained=True)
+    except Exception as error:  # what the hub's client raises differs from version to version
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    finally:
+        hub.setLevel(level)
+    if "LocalEntryNotFound" in said:
+        said = "the hub does not answer, and they are not in its cache"
+    raise UserError(
+        f"teacher={TIMM}{name}: timm's weights cannot be had: {said}\n"
+        "without a network give a file that holds them: weights=<file>"
+    )
+
+
+def _checksum(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- what was given --------------------------------------------------------------------------------------------------
+
+
+def _given(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
+    """What this command takes itself, and the settings. Raises UserError for what is missing, unknown or too much."""
+    pairs = [text.partition("=")[::2] for text in arguments]
+    given = {key: value for key, value in pairs if key in KEYS}
+    known = [*KEYS, *(field.name for field in fields(RunConfig)), *config_groups(config_dir)]
+    for key, _ in pairs:
+        if "." not in key and key.lstrip("+~") not in known:
+            raise UserError(f"{key}: no such key.{nearest(key, known)}\nlabel takes {', '.join(KEYS)}, and settings")
+    for key in ("teacher", "output"):
+        if not given.get(key) and not (key == "teacher" and given.get("from")):
+            raise UserError(f"label: {key}= is missing\nusage: {USAGE}")
+    if "from" in given:
+        for key in ("teacher", "k", "image_size", "batch_size", "weights"):
+            if key in given:
+                raise UserError(
+                    f"{key}={given[key]}: from={given['from']} takes maps as they are, no teacher makes them"
+                )
+    return given, [text for text, (key, _) in zip(arguments, pairs, strict=True) if key not in KEYS]
+
+
+def _settings(overrides: list[str], config_dir: str | None) -> RunConfig:
+    if not any(text.startswith("data=") for text in overrides):
+        raise UserError(f"label: data= is missing\nusage: {USAGE}")
+    return compose_and_check(overrides, config_dir)
+
+
+def _splits(source: Source, split: str, output: Path) -> dict[str, Path]:
+    """The folder of each split's store. Raises UserError."""
+    from vitexp.data.label_store import HEAD
+
+    there = source.splits()
+    one_of("split", split, SPLITS)
+    if not source.classes:
+        raise UserError(f"data={source.name}: has no classes, so there is nothing to label places with")
+    if split != "all":
+        if split not in there:
+            raise UserError(f"split={split}: data={source.name} has {', '.join(there)}")
+        return {split: output}
+    if (output / HEAD).exists():
+        raise UserError(f"output={output}: is a label store itself; split=all makes one a split below a folder")
+    return {key: output / key for key in there}
+
+
+def _kept(text: str | None, num_classes: int) -> int:
+    if text == "all":
+        return num_classes
+    k = _whole({"k": text} if text is not None else {}, "k", min(KEPT, num_classes))
+    if k > num_classes:
+        raise UserError(f"k={k}: the data has {num_classes} classes; k=all keeps every one")
+    return k
+
+
+def _whole(given: Mapping[str, str], key: str, default: int) -> int:
+    text = given.get(key, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{key}={text}: a whole number of at least 1 is needed")
+    return int(text)
+
+
+def _image_size(text: str | None) -> Size | None:
+    if text is None:
+        return None
+    try:
+        return height_width("image_size", yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"image_size={text}: one number or [height, width] is needed") from None
