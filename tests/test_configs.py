@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +38,25 @@ NEEDS |= {
     option: lambda folder: ["init_from=" + str(_file(folder / "weights.safetensors"))]
     for option in [*(f"stage={name}" for name in AFTER_ANOTHER), *(f"experiment={name}" for name in FROM_WEIGHTS)]
 }
+LABELLED = [
+    f"experiment={name}"
+    for name, preset in EXPERIMENTS.items()
+    if name.startswith("lvvit_") and preset.get("method", {}).get("labels") != "ground_truth"
+]
+
+
+def _with_store(needs: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    return lambda folder: [*needs(folder), f"train.token_labels={folder / 'store'}"]  # opened when training starts
+
+
+NEEDS |= {option: _with_store(NEEDS.get(option, lambda folder: [])) for option in [*LABELLED, "method=token_labeling"]}
 # Stages one after another: composed stage by stage in test_pipeline.py.
 PIPELINES = [name for name, preset in EXPERIMENTS.items() if any("override /pipeline" in p for p in preset["defaults"])]
 NO_SINGLE_RUN = [f"experiment={name}" for name in PIPELINES]
 NO_SINGLE_RUN += [option for option in OPTIONS if option.startswith("pipeline=") and option != "pipeline=none"]
-TINY_ELSEWHERE = [name for name in EXPERIMENTS if name.startswith("mae_")]  # two steps of each in test_recipes.py
+TINY_ELSEWHERE = [
+    name for name in EXPERIMENTS if name.startswith(("mae_", "lvvit_"))
+]  # two steps of each in test_recipes.py
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
 SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
 

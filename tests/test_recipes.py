@@ -14,13 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from tests.data.made_up_store import made_up_store
+from vitexp.commands.plan import plan
 from vitexp.config import RunConfig, build, compose_and_check
 from vitexp.config_paths import conf_dir, config_groups
 from vitexp.costs import count_parameters
+from vitexp.data.augmentations import AugmentedWhole
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.horizon import Horizon, plan_horizon
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, parameter_groups, resolve_lr
+from vitexp.run import open_source
 
 IMAGENET = 1_281_167
 INCEPTION = {"area": [0.05, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "interpolation": "bilinear"}
@@ -33,6 +37,11 @@ VIT_L16 = VIT_B16 | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 VIT_H14 = VIT_B16 | {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 MAE_ENCODER = {"position_embedding": "sincos", "init": "mae", "norm": "before_pool", "qkv_bias": True, "drop_path": 0.0}
 MAE_TUNED = {"pool": "mean", "norm": "after_pool", "position_embedding": "learned", "head_norm": "none"}
+LVVIT = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "dropout": 0.0, "token_head": True}
+LVVIT_S = LVVIT | {"embed_dim": 384, "depth": 16, "num_heads": 6, "stem_channels": 64, "residual_scale": 2.0}
+LVVIT_M = LVVIT_S | {"embed_dim": 512, "depth": 20, "num_heads": 8}
+# Its flip stands before the steps, and those before the crop.
+LVVIT_CROP = {"area": [0.08, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.0, "retry": True, "interpolation": "random"}
 MAE_CROP = {"area": [0.08, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "retry": True, "interpolation": "bicubic"}
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,7 +57,7 @@ class Recipe:
     steps: int  # updates of the whole run
     # learning rate
     peak: float
-    shape: str  # of the decay: linear | cosine
+    shape: str  # of the decay: linear | cosine | lvvit, LV-ViT's by epoch with 10 of 310 at its end
     warmup: int  # updates
     start: float = 0.0
     end: float = 0.0
@@ -68,6 +77,7 @@ class Recipe:
     image_size: int = 224
     parameters: int = 0
     stage: str = "pretrain"
+    head: str | None = None  # as its stage has it: auto for pretrain, else fresh
     head_init: str = "zero"
     train_blocks: int | str = "all"
     # pictures
@@ -79,6 +89,7 @@ class Recipe:
     mixed: tuple[float, float, float, float] | None = None  # erasing, mixup, cutmix, smoothing within the mixing
     imagenet_statistics: bool = False
     label_smoothing: float = 0.0
+    method: dict[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = ("data=parquet", "data.train={file}")
 
 
@@ -145,6 +156,52 @@ def _mae_finetune(
         policy="rand-m9-mstd0.5-inc1",
         mixed=mixed,
         imagenet_statistics=True,
+    )
+
+
+def _lvvit(
+    model: dict[str, Any],
+    parameters: int,
+    decayed: int,
+    *,
+    peak: float = 1.6e-3,
+    forwards: tuple[int, int] = (128, 8),
+    pins: dict[int, float] | None = None,
+    **further: Any,
+) -> Recipe:
+    """zihangJiang/TokenLabeling main.py and README.md; decayed: kernels of the blocks and heads."""
+    stem = model["stem_channels"]
+    first, rest = 3 * stem * 49 + 2 * stem**2 * 9, stem * 64 * model["embed_dim"]
+    settings = {
+        "num_train": IMAGENET,
+        "num_classes": 1000,
+        "shape": "lvvit",
+        "steps": 310 * math.ceil(IMAGENET // forwards[0] / forwards[1]),
+        "warmup": 5 * math.ceil(IMAGENET // forwards[0] / forwards[1]),
+        "start": 1e-6,
+        "end": 1e-5,
+        "weight_decay": 0.05,
+        "method": {"labels": "tokens", "cls_weight": 1.0, "token_weight": 1.0, "mix_tokens": True}
+        | {"ground_truth_mixing": False, "official_axes": False},
+        "ema": 0.99992,
+        "crop_fraction": 0.9,
+        "policy": "rand-m9-mstd0.5-inc1",
+        "mixed": (0.25, 0.0, 0.0, 0.0),
+        "data": ("data=parquet", "data.train={file}", "train.token_labels=store"),
+    }
+    return Recipe(
+        batch=forwards,
+        peak=peak,
+        pins=pins or {0: 1e-6, 1251: 1e-6, 1252: 3.208e-4, 5 * 1252: 1.59891e-3, 150 * 1252: 8.05e-4, 300 * 1252: 1e-5},
+        optimizer="AdamW",
+        decayed=first + rest + decayed,
+        clip=None,
+        model=model,
+        parameters=parameters,
+        crop=LVVIT_CROP,
+        imagenet_statistics=True,
+        label_smoothing=0.1,
+        **settings | further,
     )
 
 
@@ -454,6 +511,89 @@ RECIPES = {
         mixed=(0.0, 0.8, 1.0, 0.1),
         imagenet_statistics=True,
     ),
+    # 10,009 forwards of 128, 1,252 updates of 1024 an epoch. A block of width d has 10 d^2 numbers in its kernels, each
+    # of the two heads 1000 d. Half way through the cosine, at 150 epochs, (1.6e-3 + 1e-5) / 2.
+    "lvvit_tiny": _lvvit(
+        LVVIT_S | {"embed_dim": 240, "depth": 12, "num_heads": 4, "residual_scale": 1.0, "drop_path": 0.1},
+        8_534_720,
+        12 * 576_000 + 480_000,
+    ),
+    "lvvit_small": _lvvit(LVVIT_S | {"drop_path": 0.1}, 26_151_824, 16 * 1_474_560 + 768_000),
+    "lvvit_medium": _lvvit(LVVIT_M | {"drop_path": 0.2}, 55_830_544, 20 * 2_621_440 + 1_024_000, crop_fraction=1.0),
+    "lvvit_large": _lvvit(
+        LVVIT_S
+        | {"embed_dim": 768, "depth": 24, "num_heads": 12, "stem_channels": 128, "residual_scale": 3.0}
+        | {"drop_path": 0.3},
+        150_021_968,
+        24 * 5_898_240 + 1_536_000,
+        peak=1e-3,
+        pins={0: 1e-6, 1252: 2.008e-4, 150 * 1252: 5.05e-4, 309 * 1252: 1e-5},
+        crop_fraction=1.0,
+        policy="rand-n3-m9-mstd0.5-inc1",
+    ),
+    # The brief figures: 1e-3 per 1024, a smooth cosine over 300 epochs, tokens at half the weight.
+    "lvvit_brief": _lvvit(
+        LVVIT_S | {"drop_path": 0.1},
+        26_151_824,
+        16 * 1_474_560 + 768_000,
+        peak=1e-3,
+        shape="cosine",
+        steps=300 * 1252,
+        start=0.0,
+        end=0.0,
+        in_epochs=(5, 300),
+        pins={0: 0.0, 1252: 2e-4, 5 * 1252: 1e-3},
+        method={"labels": "tokens", "cls_weight": 1.0, "token_weight": 0.5, "mix_tokens": True},
+        ema=None,
+        mixed=(0.25, 0.8, 0.0, 0.0),
+    ),
+    # 20,018 forwards of 64, 2,503 updates of 512 an epoch; 5 epochs up to 5e-6, which stays.
+    "lvvit_finetune_384": _lvvit(
+        LVVIT_S | {"drop_path": 0.1},
+        26_297_744,
+        16 * 1_474_560 + 768_000,
+        peak=5e-6,
+        end=5e-6,
+        forwards=(64, 8),
+        pins={0: 1e-6, 2503: 1.8e-6, 5 * 2503: 5e-6, 150 * 2503: 5e-6, 309 * 2503: 5e-6},
+        weight_decay=1e-8,
+        ema=None,
+        stage="finetune",
+        head="auto",
+        image_size=384,
+    ),
+    "lvvit_finetune_448": _lvvit(
+        LVVIT_M | {"drop_path": 0.2},
+        56_131_600,
+        20 * 2_621_440 + 1_024_000,
+        peak=5e-6,
+        end=5e-6,
+        forwards=(64, 8),
+        pins={0: 1e-6, 2503: 1.8e-6, 150 * 2503: 5e-6},
+        weight_decay=1e-8,
+        ema=None,
+        stage="finetune",
+        head="auto",
+        image_size=448,
+        crop_fraction=1.0,
+    ),
+    # On CIFAR-10: 781 forwards of 64, 98 updates an epoch; two heads of 10 classes.
+    "lvvit_transfer": _lvvit(
+        LVVIT_S | {"drop_path": 0.1},
+        26_151_824 - 2 * 990 * 385,
+        16 * 1_474_560 + 7_680,
+        num_train=50_000,
+        num_classes=10,
+        forwards=(64, 8),
+        steps=310 * 98,
+        warmup=5 * 98,
+        pins={0: 1e-6, 98: 3.208e-4, 150 * 98: 8.05e-4, 300 * 98: 1e-5},
+        method={"labels": "ground_truth", "cls_weight": 1.0, "token_weight": 0.0, "mix_tokens": True},
+        ema=None,
+        stage="finetune",
+        head_init="timm",
+        data=("data=parquet", "data.train={file}"),
+    ),
 }
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -484,6 +624,11 @@ def _published_lr(recipe: Recipe, step: int) -> float:
     """From the formulas of google-research/vision_transformer's utils.py, with a start and an end for the others, and
     of facebookresearch/mae's lr_sched.py."""
     at, warmup, end = float(step), recipe.warmup, recipe.steps
+    if recipe.shape == "lvvit":  # timm's CosineLRScheduler: the epoch alone, a cosine of 300 that the warm-up covers
+        epoch = step // (recipe.steps // 310)
+        if epoch < 5:
+            return recipe.start + (recipe.peak - recipe.start) * epoch / 5
+        return recipe.end + (recipe.peak - recipe.end) * (1 + math.cos(math.pi * min(epoch, 300) / 300)) / 2
     if recipe.in_epochs is not None:  # MAE's: whole epochs, and the forwards made of the one begun
         warmup, end = recipe.in_epochs
         epoch, update = divmod(step, recipe.steps // end)
@@ -510,7 +655,7 @@ def test_batch_clip_and_length_are_the_recipes(name: str, config: RunConfig) -> 
     assert config.train.clip_norm == recipe.clip
     assert horizon.num_updates == horizon.total_steps == recipe.steps
     assert config.stage.name == recipe.stage
-    assert config.stage.head == ("auto" if recipe.stage == "pretrain" else "fresh")
+    assert config.stage.head == (recipe.head or ("auto" if recipe.stage == "pretrain" else "fresh"))
     assert (config.stage.head_init, config.stage.train_blocks) == (recipe.head_init, recipe.train_blocks)
     assert config.train.ema_decay == recipe.ema
 
@@ -579,13 +724,17 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
     crop = getattr(train, "crop", train)
     found = {key: getattr(crop, key) for key in recipe.crop if key != "interpolation"}
     if "interpolation" in recipe.crop:
-        assert crop.interpolation == evaluated.resized["interpolation"] == recipe.crop["interpolation"]
+        assert crop.interpolation == recipe.crop["interpolation"]
+        assert evaluated.resized["interpolation"] == {"random": "bicubic"}.get(crop.interpolation, crop.interpolation)
     assert type(crop).__name__ == ("ResizedCropFlip" if "area" in recipe.crop else "PadCropFlip")
     for key, value in found.items():
         assert list(_listed(value)) == pytest.approx(list(_listed(recipe.crop[key]))), key
     assert tuple(crop.size) == tuple(evaluated.size) == (recipe.image_size, recipe.image_size)
     assert evaluated.crop_fraction == recipe.crop_fraction
     assert config.method.get("label_smoothing", 0.0) == recipe.label_smoothing
+    assert {key: config.method[key] for key in recipe.method} == recipe.method
+    assert isinstance(train, AugmentedWhole) == name.startswith("lvvit_")
+    assert getattr(train, "flip", 0.5) == 0.5 or config.data["name"] == "digits"
     if recipe.imagenet_statistics:
         assert (config.data["mean"], config.data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     mix: Any = None if config.augment["batch"] is None else build(config.augment["batch"])
@@ -601,6 +750,8 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
     if recipe.policy is not None:
         assert [type(step).__name__ for step in train.steps] == ["RandAugment"]
         assert config.augment["policy"] == recipe.policy
+        drawn = isinstance(train.steps[0]._augment.ops[0].kwargs["resample"], tuple)
+        assert drawn == (crop.interpolation == "random")
     elif recipe.rand_augment is None:
         assert crop is train  # no steps after the crop
     else:
@@ -729,6 +880,54 @@ SAME_PATH = ["mae_pretrain_large", "mae_pretrain_huge", "mae_finetune_large", "m
 )
 def test_a_preset_of_mae_makes_two_updates_at_a_tiny_size(name: str, mae_weights: Path, tmp_path: Path) -> None:
     assert (_two_steps(name, tmp_path / "run", file=mae_weights) / "model.safetensors").is_file()
+
+
+# ---- LV-ViT's presets at a tiny size, with label maps ----------------------------------------------------------------
+TINY_LVVIT = [*TINY, "model.depth=2", "model.stem_channels=8"]
+
+
+def _two_steps_of_lvvit(name: str, folder: Path, *, weights: Path) -> None:
+    from vitexp.train import train
+
+    init = [f"init_from={weights}"] if RECIPES[name].stage != "pretrain" else []
+    fast = [f"experiment={name}", *TINY_LVVIT, *init, "debug=fast", f"output_dir={folder}"]
+    reads = RECIPES[name].method["labels"] != "ground_truth"
+    if reads:
+        source = open_source(compose_and_check(["data=fake", "data.num_train=16", "data.num_val=8"]))
+        store = made_up_store(folder.parent / "store", source.train, source.classes)
+        fast += [f"train.token_labels={store}"]
+    config = compose_and_check(fast)
+    assert plan(config, probe=False) == 0
+    summary = train(config)
+    assert summary["step"] == 2
+    assert ("token_labels" in summary) == reads
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    assert any("val_ema/top1" in row for row in rows) == (RECIPES[name].ema is not None)
+
+
+@pytest.fixture(scope="module")
+def lvvit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lvvit") / "run"
+    _two_steps_of_lvvit("lvvit_small", folder, weights=Path())
+    return folder
+
+
+SAME_AS_SMALL = ["lvvit_tiny", "lvvit_medium", "lvvit_finetune_448"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in SAME_AS_SMALL else n
+        for n in RECIPES
+        if n.startswith("lvvit_") and n != "lvvit_small"
+    ],
+)
+def test_a_preset_of_lvvit_is_planned_and_makes_two_updates_at_a_tiny_size(
+    name: str, lvvit_weights: Path, tmp_path: Path
+) -> None:
+    _two_steps_of_lvvit(name, tmp_path / "run", weights=lvvit_weights)
 
 
 @pytest.mark.parametrize("name", config_groups()["experiment"])

@@ -96,6 +96,10 @@ class Method(nn.Module):
         """Those whose gradients make up the global norm that train.clip_norm bounds."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def countable(self) -> Method:
+        """This method, or one of the same modules and arithmetic whose forward works on tensors without values."""
+        return self
+
     def after_step(self, progress: Progress) -> None:
         """Called after every update; a teacher would move here."""
 

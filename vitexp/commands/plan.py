@@ -40,7 +40,7 @@ from vitexp.runtime import make_accelerator
 from vitexp.schedules import Schedule
 from vitexp.seeding import derive_seed
 from vitexp.trained import load_run
-from vitexp.types import Batch, Method, Progress
+from vitexp.types import Batch, LabelMaps, Method, Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,13 +144,13 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
             averaged=settings.ema_decay is not None,
         )
         activations = activation_bytes(
-            planned.method,
+            planned.method.countable(),
             lambda device: planned.inputs(device, pictures=planned.batch_size),
             autocast=autocast_of(accelerator),
             device=accelerator.device,
         )
         # Two pictures: batch norm refuses one where nothing else is left to average over.
-        each = training_gflops(planned.method, lambda device: planned.inputs(device, pictures=2)) / 2
+        each = training_gflops(planned.method.countable(), lambda device: planned.inputs(device, pictures=2)) / 2
         horizon, seen = planned.horizon, pictures_of(planned)
         _show("options", " ".join(f"{group}={option}" for group, option in config.choices.items()))
         model = planned.model_with_classes(planned.num_classes)
@@ -266,9 +266,11 @@ def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Spe
     targets = torch.randint(0, max(1, planned.num_classes), (batch_size,), generator=generator)
     mix = None if config.augment["batch"] is None else build(config.augment["batch"])
 
+    maps = None if config.train.token_labels is None else made_up_maps(batch_size, planned.num_classes, device)
+
     def make_batch(number: int) -> Batch:
         images = normalise(pictures.to(device), config.data["mean"], config.data["std"])
-        batch = Batch(images, targets.to(device), index=torch.arange(batch_size))
+        batch = Batch(images, targets.to(device), index=torch.arange(batch_size), maps=maps)
         if mix is None:
             return batch
         return mix(batch, num_classes=planned.num_classes, seed=derive_seed(0, number))
@@ -283,6 +285,19 @@ def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Spe
         clip_norm=config.train.clip_norm,
         ema_decay=config.train.ema_decay,
         seconds=PROBE_S,
+    )
+
+
+def made_up_maps(pictures: int, num_classes: int, device: torch.device) -> LabelMaps:
+    """Of 5 classes in each of 14 x 14 cells, some 20 in a picture, as a teacher of ImageNet makes them."""
+    generator = torch.Generator().manual_seed(0)
+    shape, named = (pictures, 5, 14, 14), min(20, num_classes)
+    numbers = torch.randint(0, named, shape, dtype=torch.int32, generator=generator)
+    return LabelMaps(
+        values=torch.zeros(shape, dtype=torch.float16, device=device),
+        numbers=numbers.to(device),
+        boxes=torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(pictures, 1),
+        mirrored=torch.zeros(pictures, dtype=torch.bool),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -53,6 +54,7 @@ class TokenLabeling(Method):
             raise UserError("method=token_labeling: there are no classes to learn")
         self.backbone = backbone
         self.labels: Labels = labels
+        self.reads_maps = labels != "ground_truth"
         self.cls_weight, self.token_weight = cls_weight, token_weight
         self.mix_tokens, self.ground_truth_mixing = mix_tokens, ground_truth_mixing
         self.official_axes, self.label_smoothing = official_axes, label_smoothing
@@ -77,6 +79,12 @@ class TokenLabeling(Method):
     @property
     def parts(self) -> dict[str, nn.Module]:
         return {} if self.token_head is None else {"token_head": self.token_head}
+
+    def countable(self) -> TokenLabeling:
+        """Without label maps and drawn boxes, whose values decide over shapes."""
+        twin = copy.copy(self)
+        twin.reads_maps = twin.mix_tokens = False
+        return twin
 
     def forward(self, batch: Batch, progress: Progress, *, box: Box | None = None) -> StepOutput:
         """`box` is exchanged instead of one that is drawn: top, bottom, left, right in tokens."""
@@ -110,7 +118,7 @@ class TokenLabeling(Method):
         """(b, k) label of each crop, and (b, n, k) those of the tokens of each grid; n is 1 where all have the same.
 
         Float32 whatever autocast says: half precision would be an error of 1 % in a label."""
-        if self.labels == "ground_truth":
+        if not self.reads_maps:
             truth = self._ground_truth(batch.targets)
             return [truth, *(truth[:, None] for _ in grids)]
         maps = batch.maps
@@ -132,7 +140,6 @@ class TokenLabeling(Method):
         labels = [crops[:, 0], *tokens]
         if maps.lam < 1:
             labels = [torch.lerp(part.flip(0), part, maps.lam) for part in labels]
-        labels = [part.to(batch.images.device) for part in labels]  # the meta device, where a run is only planned
         if self.ground_truth_mixing:
             labels[0] = with_ground_truth(labels[0], self._ground_truth(batch.targets))
         return labels
