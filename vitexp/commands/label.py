@@ -76,7 +76,7 @@ def label(
             raise UserError(str(error).replace(f"run={name}", f"teacher={name}")) from None
     elif uri is not None:
         raise UserError(f"uri={uri}: says where teacher=mlflow:<run id> is; teacher={name} is none")
-    if found is not None and (found.folder / RAW_NAME).exists():
+    if found is not None and (found.folder / RAW_NAME).exists() and not _names_data(overrides):
         # A teacher that learned from a share of its pictures scores all of them.
         config = reload(found.folder, ["train.fraction=1.0", *overrides], config_dir)
     else:
@@ -100,6 +100,9 @@ def label(
             teacher = bare_teacher(name, config, source.classes, size)
         teacher.model.to(accelerator.device).eval()
         grid = check_dense(teacher.model, teacher.image_size, channels=teacher.channels)
+        if grid == (1, 1):
+            pixels = "x".join(map(str, teacher.image_size))
+            print(f"a picture of {pixels} is one place to this teacher; a larger image_size= makes it more")
         head = teacher.head(classes=source.classes, k=k, grid=grid)
         how = {"k": k, "batch_size": batch_size, "autocast": accelerator.autocast, "workers": config.train.workers}
         for split, place in splits.items():
@@ -332,9 +335,13 @@ def _given(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str]
 
 
 def _settings(overrides: list[str], config_dir: str | None) -> RunConfig:
-    if not any(text.startswith("data=") for text in overrides):
+    if not _names_data(overrides):
         raise UserError(f"label: data= is missing\nusage: {USAGE}")
     return compose_and_check(overrides, config_dir)
+
+
+def _names_data(overrides: list[str]) -> bool:
+    return any(text.startswith("data=") for text in overrides)
 
 
 def _splits(source: Source, split: str, output: Path) -> dict[str, Path]:

@@ -36,7 +36,7 @@ HEAD, UNFINISHED, PICTURES, VALUES, CLASSES = (
 COMMIT_S = 2.0  # between two points at which a killed writer goes on
 _VALUE, _CLASS = np.dtype("<f2"), np.dtype("<i4")
 # What the maps depend on, in the order in which a difference is told.
-_MADE_BY = ("teacher", "crop", "k", "image_size", "classes", "preprocessing", "grid", "missing")
+_MADE_BY = ("teacher", "classes", "crop", "k", "image_size", "preprocessing", "grid", "missing")
 
 
 @dataclass(frozen=True, eq=False)
