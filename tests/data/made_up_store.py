@@ -20,7 +20,7 @@ def made_up_store(
     numbers = ranks[:, :kept].astype(np.int32)
     values = np.sort(4 * rng.standard_normal(numbers.shape), axis=1)[:, ::-1].astype(np.float16)
     head = {
-        "teacher": {"name": f"made up {seed}", "weights": "0" * 12},
+        "teacher": {"name": f"made up {seed}", "weights": f"{seed:064x}"},
         "preprocessing": {},
         "image_size": [16, 16],
         "crop": "whole",
