@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitexp.models import layers
-from vitexp.models.layers import Attention, Block, Linear, _Affine, _Probabilities, _residual, _SplitHeads
+from vitexp.models.layers import Block, Linear, _Affine, _Attend, _residual
 
 needs_bf16_products = pytest.mark.skipif(not layers._multiplies_bf16(), reason="no bf16 products on this processor")
 
@@ -31,16 +31,18 @@ def plain_attention(qkv: Tensor, heads: int, scale: float) -> Tensor:
 
 
 def our_attention(qkv: Tensor, heads: int, scale: float) -> Tensor:
-    q, k, v = _SplitHeads.apply(qkv, heads)
-    return (_Probabilities.apply(q, k, scale) @ v).transpose(1, 2).flatten(2)
+    return _Attend.apply(qkv, heads, scale, qkv.shape[1])
 
 
-def test_derivative_of_attention_is_that_of_its_formula() -> None:
+@pytest.mark.parametrize("cache", [1, 500, 1 << 21], ids=["a head at a time", "with a rest", "all at once"])
+def test_attention_and_its_derivative_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch, cache: int) -> None:
+    monkeypatch.setattr(layers, "_CACHE", cache)
     torch.manual_seed(0)
-    qkv = torch.randn(2, 5, 3 * 2 * 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: our_attention(x, 2, 0.7), qkv)
-    q, k = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda q, k: _Probabilities.apply(q, k, 0.7), (q, k))
+    qkv = torch.randn(3, 5, 3 * 2 * 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(our_attention(qkv, 2, 0.7), plain_attention(qkv, 2, 0.7))
+    torch.testing.assert_close(_Attend.apply(qkv, 2, 0.7, 2), plain_attention(qkv, 2, 0.7)[:, -2:])
+    for last in (5, 2):
+        assert torch.autograd.gradcheck(lambda x, last=last: _Attend.apply(x, 2, 0.7, last), qkv)
 
 
 @pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(8, 65, 3, 64), (2, 197, 4, 32), (4, 50, 3, 64)])
@@ -56,15 +58,16 @@ def test_bf16_attention_is_as_near_the_truth_as_the_plain_one(batch: int, tokens
 
 
 @needs_bf16_products
-def test_bf16_linear_is_as_near_the_truth_as_torchs() -> None:
+@pytest.mark.parametrize(("inner", "outer"), [(48, 96), (256, 320), (320, 256)])
+def test_bf16_linear_is_as_near_the_truth_as_torchs(inner: int, outer: int) -> None:
     torch.manual_seed(0)
-    inputs = [torch.randn(shape).bfloat16() for shape in ((8, 65, 48), (96, 48), (96,))]
+    inputs = [torch.randn(shape).bfloat16() for shape in ((8, 65, inner), (outer, inner), (outer,))]
     plain, ours, truth = (
         with_gradients(f, *given)
         for f, given in ((F.linear, inputs), (_Affine.apply, inputs), (F.linear, [t.double() for t in inputs]))
     )
     for a, b, exact in zip(ours, plain, truth, strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert (a - exact).norm() <= 1.01 * (b - exact).norm()
 
 
@@ -111,14 +114,15 @@ def test_residual_sum_leaves_the_branch_as_it_was() -> None:
         assert torch.equal(branch, before)
 
 
-def test_a_hook_on_the_dropout_sees_the_probabilities_and_its_change_counts() -> None:
-    layer = Attention(24, 3, attention="explicit")
-    seen = []
-    layer.attn_drop.register_forward_hook(lambda module, given, out: seen.append(given[0]) or torch.zeros_like(out))
-    out = layer(torch.randn(2, 5, 24))
-    assert seen[0].shape == (2, 3, 5, 5)
-    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, 5))
-    torch.testing.assert_close(out, layer.proj.bias.expand_as(out))
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_block_of_the_last_tokens_alone_gives_what_the_whole_gives_there(attention: str, dropout: float) -> None:
+    torch.manual_seed(0)
+    block = Block(24, 3, attention=attention, attention_dropout=dropout, residual_scale=2.0).double().eval()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    whole, part = (with_gradients(f, x) for f in (lambda x: block(x)[:, -3:], lambda x: block(x, last=3)))
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def block_gradients(run: Callable[[nn.Module, Tensor], Tensor], *, seed: int = 3) -> list[Tensor]:

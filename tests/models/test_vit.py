@@ -250,7 +250,7 @@ def test_compiled_model_gives_the_same_logits() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(images), model(images))
+        torch.testing.assert_close(compiled(images), model(images), rtol=0.05, atol=0.01)
 
 
 def test_layer_numbers_are_maes() -> None:
