@@ -154,7 +154,7 @@ def fit(
         names=run.source.train.names,
     )
     if config.runtime.compile:
-        run.backbone.compile()
+        (run.backbone if run.method.whole is None else run.method.whole).compile()
         run.notes.append("torch.compile: the first step takes about a minute")
     method, wrapped = accelerator.prepare(run.method, optimizer)
     if accelerator.scaler is not None:  # the wrapper looks for a package on disk at each step: 0.1 ms for nothing else

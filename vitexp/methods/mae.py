@@ -78,11 +78,11 @@ class MaskedAutoencoding(Method):
         return [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        if self.probe is None:
+            return StepOutput(self.autoencoder(batch.images, everywhere=False).loss)
         order = self.autoencoder.order(batch.images)
         features = self.autoencoder.see(batch.images, order)
         loss = self.autoencoder.restore(batch.images, features, order, everywhere=False).loss
-        if self.probe is None:
-            return StepOutput(loss)
         logits = self.probe(features.patches.detach().mean(dim=1))
         labelled = batch.targets >= 0
         count = labelled.sum().clamp(min=1)

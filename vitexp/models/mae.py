@@ -1,7 +1,8 @@
 """Masked autoencoder (He et al. 2022, arXiv:2111.06377): an encoder of visible patches, a small decoder of all of them.
 
 Written so that nothing is computed and thrown away: hidden patches are never embedded, the decoder works in the order
-of the noise, where what is hidden lies at the end, and in training head, target and loss see that end alone. The
+of the noise, where what is hidden lies at the end, and in training the last block's queries, head, target and loss see
+that end alone. The
 function, its gradients and the names in the state dict are the official code's.
 """
 
@@ -107,8 +108,8 @@ class MaskedAutoencoder(nn.Module):
     def restore(self, images: Tensor, features: Features, order: Tensor, *, everywhere: bool) -> Reconstruction:
         """What `forward` returns, from what `see` saw."""
         hidden = order[:, self.num_keep :]
-        decoded = self.decode(features, order)
-        prediction = self.decoder_pred(self.decoder_norm(decoded if everywhere else decoded[:, self.num_keep :]))
+        decoded = self.decode(features, order, last=self.num_patches if everywhere else hidden.shape[1])
+        prediction = self.decoder_pred(self.decoder_norm(decoded))
         predicted = prediction[:, self.num_keep :] if everywhere else prediction
         loss = (predicted - self.targets(images, hidden)).square().mean()
         mask = torch.zeros(order.shape, dtype=images.dtype, device=images.device).scatter_(1, hidden, 1.0)
@@ -125,8 +126,8 @@ class MaskedAutoencoder(nn.Module):
             raise UserError(f"noise is {tuple(noise.shape)}: one number for each picture's patch makes it {shape}")
         return MASKINGS[self.masking](noise, grid=self.grid_size, keep=self.num_keep)
 
-    def decode(self, features: Features, order: Tensor) -> Tensor:
-        """(b, n, decoder width) of all patches in the order given, after the blocks and before the last norm.
+    def decode(self, features: Features, order: Tensor, *, last: int) -> Tensor:
+        """(b, last, decoder width) of the last patches in the order given, after the blocks and before the last norm.
 
         Mask tokens stand after the visible ones; each token gets the position of the patch it stands for."""
         table = self.decoder_pos_embed
@@ -136,7 +137,7 @@ class MaskedAutoencoder(nn.Module):
         if features.cls is not None:
             tokens.insert(0, self.decoder_embed(features.cls)[:, None] + table[:, :1])
         recompute = getattr(self.encoder, "gradient_checkpointing", False) and self.training
-        return run_blocks(self.decoder_blocks, torch.cat(tokens, dim=1), recompute=recompute)[:, -self.num_patches :]
+        return run_blocks(self.decoder_blocks, torch.cat(tokens, dim=1), recompute=recompute, last=last)
 
     # ---- pixels --------------------------------------------------------------------------------------------------
     def patchify(self, images: Tensor) -> Tensor:

@@ -265,11 +265,14 @@ class VisionTransformer(nn.Module):
             self.pos_embed.copy_(big_vision_pos_embed(self.grid_size, self.embed_dim))
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, *, recompute: bool) -> Tensor:
-    """Tokens after every block; `recompute` keeps no activations within a block but computes them again backward."""
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, *, recompute: bool, last: int | None = None) -> Tensor:
+    """Tokens after every block, or the `last` of them alone, for which the final block does nothing else.
+
+    `recompute` keeps no activations within a block but computes them again backward."""
     recompute = recompute and torch.is_grad_enabled()
-    for block in blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+    for number, block in enumerate(blocks, start=1):
+        step = block if last is None or number < len(blocks) else partial(block, last=last)
+        tokens = checkpoint(step, tokens, use_reentrant=False) if recompute else step(tokens)
     return tokens
 
 
