@@ -4,15 +4,15 @@
 `models_mae.py` is imported from there with the timm that is installed. Before any timing the same weights, pictures and
 noise must give the same loss and gradients in fp32. Without a path vitexp's own rows are printed.
 
-Step: forward, backward, AdamW. The official one gets its own recipe's default AdamW, and a row with the fused one that
-vitexp uses. `supervised` is vitexp's classification step of the same encoder.
+Step: forward, backward, AdamW. Each contender has a process of its own: vitexp's keep freed memory, as its runtime has
+it, the official one runs as it is, with its recipe's default AdamW; one more row gives it vitexp's memory and fused
+AdamW. `supervised` is vitexp's classification step of the same encoder.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib
 import inspect
 import statistics
@@ -26,11 +26,12 @@ import numpy as np
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
-from measuring import Clock, Times, parser, ratio, spread, start, table, take_turns, verdict
+from measuring import Clock, Elsewhere, Times, parser, ratio, spread, start, table, take_turns, verdict
 from torch import Tensor, nn
 
 from vitexp.models.build import build_model
 from vitexp.models.mae import MaskedAutoencoder
+from vitexp.runtime import keep_freed_memory
 
 MASK_RATIO = 0.75
 TOLERANCE = 1e-5  # relative, of the loss and of each parameter's gradient
@@ -53,19 +54,17 @@ SETTINGS = (
 def main() -> None:
     arguments = options().parse_args()
     clock = start(arguments)
-    official = None
     if arguments.checkout is None:
         print(
             "No path of an official checkout (facebookresearch/mae) was given: vitexp's rows alone, nothing checked\n"
         )
     else:
-        official = load_official(arguments.checkout)
-        check_equality(official, size=64 if arguments.quick else 224)
+        check_equality(load_official(arguments.checkout), size=64 if arguments.quick else 224)
     rounds = arguments.rounds or (1 if arguments.quick else 10)
     rows: list[list[str]] = []
     for setting in SETTINGS:
         batch = setting.batch // 8 if arguments.quick else setting.batch
-        rows += measure(setting, official, batch=batch, rounds=rounds, clock=clock)
+        rows += measure(setting, arguments.checkout, batch=batch, rounds=rounds, clock=clock)
     table(["ViT-B/16, 224 px", "ms a step", "images/s", "vitexp MAE is x faster", "goal"], rows)
 
 
@@ -159,26 +158,48 @@ def without_key_bias(name: str, gradient: Tensor) -> Tensor:
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------
-def measure(setting: Setting, official: Any, *, batch: int, rounds: int, clock: Clock) -> list[list[str]]:
-    torch.manual_seed(0)
-    images, classes = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    ours = build_model("mae", norm_pix_loss=True)
-    steps = {"vitexp MAE": step_of(lambda: ours(images, everywhere=False).loss, ours, setting, fused=True)}
-    supervised = build_model("vit_base")
-    steps["vitexp supervised"] = step_of(
-        lambda: F.cross_entropy(supervised(images), classes), supervised, setting, fused=True
-    )
-    if official is not None:
-        theirs, same = pair(official)
-        ours.load_state_dict(same.state_dict())
-        twin = copy.deepcopy(theirs)
-        steps["official MAE"] = step_of(lambda: theirs(images, mask_ratio=MASK_RATIO)[0], theirs, setting, fused=False)
-        steps["official MAE, fused AdamW"] = step_of(
-            lambda: twin(images, mask_ratio=MASK_RATIO)[0], twin, setting, fused=True
-        )
-    times = take_turns(steps, rounds=rounds, clock=clock)
+def measure(setting: Setting, checkout: Path | None, *, batch: int, rounds: int, clock: Clock) -> list[list[str]]:
+    given = {"setting": setting, "batch": batch}
+    makers: dict[str, tuple[Callable[..., Callable[[], None]], dict[str, Any]]] = {
+        "vitexp MAE": (our_step, given),
+        "vitexp supervised": (supervised_step, given),
+    }
+    if checkout is not None:
+        for name, tuned in (("official MAE", False), ("official MAE, tuned", True)):
+            makers[name] = (official_step, {**given, "checkout": checkout, "tuned": tuned})
+    with contextlib.ExitStack() as running:
+        steps = {
+            name: running.enter_context(Elsewhere(make, told, clock=clock)) for name, (make, told) in makers.items()
+        }
+        times = take_turns(steps, rounds=rounds, clock=clock)
     goals = {"official MAE": setting.goal, "vitexp supervised": setting.supervised_goal}
-    return [row(name, times, setting, batch, goals.get(name)) for name in steps]
+    return [row(name, times, setting, batch, goals.get(name)) for name in makers]
+
+
+def our_step(*, setting: Setting, batch: int) -> Callable[[], None]:
+    keep_freed_memory()
+    model, images = build_model("mae", norm_pix_loss=True), pictures(batch)
+    return step_of(lambda: model(images, everywhere=False).loss, model, setting, fused=True)
+
+
+def supervised_step(*, setting: Setting, batch: int) -> Callable[[], None]:
+    keep_freed_memory()
+    model, images = build_model("vit_base"), pictures(batch)
+    classes = torch.arange(batch)
+    return step_of(lambda: F.cross_entropy(model(images), classes), model, setting, fused=True)
+
+
+def official_step(*, setting: Setting, batch: int, checkout: Path, tuned: bool) -> Callable[[], None]:
+    if tuned:
+        keep_freed_memory()
+    model, _ = pair(load_official(checkout))
+    images = pictures(batch)
+    return step_of(lambda: model(images, mask_ratio=MASK_RATIO)[0], model, setting, fused=tuned)
+
+
+def pictures(batch: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch, 3, 224, 224)
 
 
 def row(name: str, times: Times, setting: Setting, batch: int, goal: float | None) -> list[str]:

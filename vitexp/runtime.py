@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 
 import numpy as np
@@ -12,6 +14,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 from vitexp.errors import UserError
 from vitexp.seeding import derive_seed
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def make_accelerator(*, precision: str, device: str, threads: int | None) -> Accelerator:
@@ -25,7 +29,19 @@ def make_accelerator(*, precision: str, device: str, threads: int | None) -> Acc
         world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         share = max(1, len(os.sched_getaffinity(0)) // world)
         torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", share)))
+        keep_freed_memory()
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what tensors have freed for the tensors to come. Nothing where it is not glibc.
+
+    Every update asks for the same blocks again. Handed back to the system, each would come anew page by page, cleared:
+    75,000 pages an update of MAE's base model at batch 8, a twentieth of its time, and a fifth at batch 32."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _device(wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""Side-by-side timing: contenders take turns in one process, and ratios are taken within a turn.
+"""Side-by-side timing: contenders take turns, in one process or each in its own, and ratios are taken within a turn.
 
 Other load on the machine slows a whole turn down, so it cancels in the ratio. With one thread the processor's clock is
 read, which does not run while another process has the core; with more threads only the wall clock tells.
@@ -7,12 +7,16 @@ read, which does not run while another process has the core; with more threads o
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -46,17 +50,60 @@ def start(arguments: argparse.Namespace) -> Clock:
     return time.perf_counter if arguments.wall else time.process_time
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, clock: Clock) -> Times:
+class Elsewhere:
+    """A contender in a process of its own, where settings of the whole process are its alone; timed there.
+
+    `make(**given)` returns the step there. Both have to be what a fresh interpreter can import."""
+
+    def __init__(self, make: Callable[..., Callable[[], object]], given: dict[str, Any], *, clock: Clock) -> None:
+        fresh = multiprocessing.get_context("spawn")
+        self._connection, there = fresh.Pipe()
+        job = (there, make, given, clock is time.perf_counter, torch.get_num_threads())
+        self._process = fresh.Process(target=_serve, args=job, daemon=True)
+        self._process.start()
+        there.close()
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._connection.close()
+        self._process.join()
+
+    def seconds(self) -> float:
+        self._connection.send(None)
+        return self._connection.recv()
+
+
+def _serve(
+    connection: Connection, make: Callable[..., Callable[[], object]], given: dict[str, Any], wall: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    step, clock = make(**given), time.perf_counter if wall else time.process_time
+    while True:
+        try:
+            connection.recv()
+        except EOFError:
+            return
+        connection.send(_seconds(step, clock))
+
+
+def _seconds(step: Callable[[], object], clock: Clock) -> float:
+    began = clock()
+    step()
+    return clock() - began
+
+
+def take_turns(contenders: Mapping[str, Callable[[], object] | Elsewhere], *, rounds: int, clock: Clock) -> Times:
     """Every contender once a round, each round beginning with another one; one round before is not counted."""
     names, times = list(contenders), {name: [] for name in contenders}
-    for name in names:
-        contenders[name]()
-    for turn in range(rounds):
+    for turn in range(-1, rounds):
         for k in range(len(names)):
             name = names[(turn + k) % len(names)]
-            began = clock()
-            contenders[name]()
-            times[name].append(clock() - began)
+            contender = contenders[name]
+            seconds = contender.seconds() if isinstance(contender, Elsewhere) else _seconds(contender, clock)
+            if turn >= 0:
+                times[name].append(seconds)
     return times
 
 
