@@ -26,8 +26,10 @@ from vitexp.data.batch_transforms import normalise
 from vitexp.data.loader import train_batches
 from vitexp.data.sampler import Position
 from vitexp.errors import UserError
+from vitexp.evaluators.token_labels import labelled_pictures
 from vitexp.export import export_model, export_part
 from vitexp.horizon import Horizon
+from vitexp.methods.token_labeling import TokenLabeling
 from vitexp.progress import Display
 from vitexp.run import Run
 from vitexp.run_folder import write_atomic
@@ -180,6 +182,9 @@ class Books(NoBooks):
                 plots.confusion_matrix(arrays["val/confusion"], self.run.source.classes, path)
             if "val/calibration" in arrays:
                 plots.reliability(arrays["val/calibration"], self.folder / "plots" / "calibration.png")
+            if at.step < self.facts["total_steps"]:  # the last ones are drawn at the end
+                with _optional(self.folder / "plots"):
+                    draw_token_labels(self.run, self.folder / "plots", epoch=at.epoch)
 
     def evaluating(self, done: int, of: int) -> None:
         self.display.busy(f"evaluating {done}/{of}")
@@ -241,10 +246,9 @@ class Books(NoBooks):
             "git": tracking.git_state(Path.cwd()),
         }
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        try:
+        with _optional(self.folder / "plots"):
             draw_pictures(self.run, self.folder / "plots")
-        except (UserError, torch.OutOfMemoryError) as error:  # no reason to call a finished run failed
-            log.warning("not all of %s is drawn: %s", self.folder / "plots", error)
+            draw_token_labels(self.run, self.folder / "plots", epoch=rows[-1]["epoch"] if rows else 0.0)
         left = [CONFIG_NAME, RAW_NAME, "summary.json", "plots"]
         if self.run.config.train.log_weights:
             best = "model_best" if (self.folder / "model_best.safetensors").exists() else "model"
@@ -295,6 +299,30 @@ class Books(NoBooks):
             log.info("resumed     after step %d", resumed_at)
         log.debug("command: %s", " ".join(sys.argv))
         log.debug("%s, pid %d, seed %d", versions(), os.getpid(), run.config.seed)
+
+
+@contextlib.contextmanager
+def _optional(folder: Path) -> Iterator[None]:
+    """Around pictures that need the data or the model once more: no reason to call a run failed."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError) as error:
+        log.warning("not all of %s is drawn: %s", folder, error)
+
+
+def draw_token_labels(run: Run, folder: Path, *, epoch: float) -> None:
+    """token_labels/epoch_*.png of a run that learns from label maps: what it is taught of some places, and says."""
+    if run.train_data.maps is None or not isinstance(run.method, TokenLabeling):
+        return
+    pixels = {key: run.preprocessing[key] for key in ("mean", "std")}
+    rows = labelled_pictures(run.method, run.train_data, run.source.train, mix=run.mix, seed=run.config.seed, **pixels)
+    plots.token_labels(
+        rows,
+        run.source.classes,
+        folder / "token_labels" / f"epoch_{epoch:06.1f}.png",
+        pixel_mean=pixels["mean"],
+        pixel_std=pixels["std"],
+    )
 
 
 def draw_pictures(run: Run, folder: Path) -> None:
