@@ -1,17 +1,20 @@
 """`python -m vitexp evaluate run=<run>`, or `init_from=<weights> model=…`: measures the validation split.
 
 `run` is a run folder, weights it exported (without their run's settings beside them the data is to be named), or
-mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri; evaluation.json goes beside the weights."""
+mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri; evaluation.json goes beside the weights. `data=…` measures
+on other pictures of the same classes: model, what it does to a picture, method and evaluators stay the run's."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitexp.commands.locate import locate, take_uri
-from vitexp.config import RAW_NAME, RunConfig, compose_and_check, reload
+from vitexp.checks import check_components
+from vitexp.commands.locate import locate, own_settings, take_uri
+from vitexp.config import RAW_NAME, RunConfig, compose_and_check
 from vitexp.errors import UserError
 
 
@@ -23,10 +26,9 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         uri, rest = take_uri(rest)
         run = locate(named[-1], uri=uri, weights=weights[-1] if weights else None, needed=[RAW_NAME])
         place, file = run.folder, run.weights or "model.safetensors"
-        if (place / RAW_NAME).exists():
-            config = reload(place, rest, config_dir)
-        else:
-            config = as_exported(compose_and_check(rest, config_dir), place, file)
+        config = own_settings(run, rest, config_dir)
+        if config is None:
+            config = as_exported(compose_and_check(rest, config_dir), place, file, given=rest)
         found = evaluate(config, run_dir=place, weights=file)
     else:
         config = compose_and_check(rest, config_dir)
@@ -92,16 +94,27 @@ def evaluate(config: RunConfig, *, run_dir: Path | None = None, weights: str = "
     return found
 
 
-def as_exported(config: RunConfig, folder: Path, weights: str) -> RunConfig:
-    """The settings with the model of exported weights and what its run did to a picture to evaluate it: for weights
-    that lie without their run's settings, so that only the data is to be named."""
+def as_exported(config: RunConfig, folder: Path, weights: str, *, given: Sequence[str] = ()) -> RunConfig:
+    """The settings with the model of exported weights and what its run did to a picture to evaluate it, so that only
+    the data is to be named. Where the run's settings lie beside, method and evaluators are its own, too, unless the
+    overrides `given` say otherwise. Raises UserError."""
     from vitexp.trained import load_run
 
     trained = load_run(folder, weights=weights)
     seen = dict(trained.preprocessing)
     config.data |= {key: seen.pop(key) for key in ("mean", "std", "channels")}
+    if "channels" in config.data["source"]:  # resolved before
+        config.data["source"]["channels"] = config.data["channels"]
     config.augment["eval"] = {"_target_": "vitexp.data.transforms.ResizeCenterCrop", **seen}
+    named = {text.partition("=")[0].partition(".")[0] for text in given}
+    own = {group: trained.config[group] for group in ("method", "evaluators") if group in set(trained.config) - named}
+    check_components(own, own)  # a file of the folder must not name what is built unseen
+    for group, node in own.items():
+        setattr(config, group, node)
+        config.choices[group] = trained.config.get("choices", {}).get(group, "")
     config.model = trained.architecture
+    if "method" in own or trained.architecture.get("num_classes"):
+        config.model = trained.architecture | {"num_classes": None}  # the data's: compared by name later
     return config
 
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vitexp.commands.locate import Located, locate, take_uri
-from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
+from vitexp.commands.locate import Located, locate, names_data, own_settings, take_uri
+from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check
 from vitexp.config_paths import config_groups
 from vitexp.errors import UserError, nearest
 from vitexp.models.checks import height_width, one_of
@@ -76,11 +76,9 @@ def label(
             raise UserError(str(error).replace(f"run={name}", f"teacher={name}")) from None
     elif uri is not None:
         raise UserError(f"uri={uri}: says where teacher=mlflow:<run id> is; teacher={name} is none")
-    if found is not None and (found.folder / RAW_NAME).exists() and not _names_data(overrides):
-        # A teacher that learned from a share of its pictures scores all of them.
-        config = reload(found.folder, ["train.fraction=1.0", *overrides], config_dir)
-    else:
-        config = _settings(overrides, config_dir)
+    # A teacher that learned from a share of its pictures scores all of them.
+    own = None if found is None else own_settings(found, ["train.fraction=1.0", *overrides], config_dir)
+    config = _settings(overrides, config_dir) if own is None else own
     source = open_source(config)
     splits = _splits(source, given.get("split", "train"), output)
     k = _kept(given.get("k"), len(source.classes))
@@ -335,13 +333,9 @@ def _given(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str]
 
 
 def _settings(overrides: list[str], config_dir: str | None) -> RunConfig:
-    if not _names_data(overrides):
+    if not names_data(overrides):
         raise UserError(f"label: data= is missing\nusage: {USAGE}")
     return compose_and_check(overrides, config_dir)
-
-
-def _names_data(overrides: list[str]) -> bool:
-    return any(text.startswith("data=") for text in overrides)
 
 
 def _splits(source: Source, split: str, output: Path) -> dict[str, Path]:

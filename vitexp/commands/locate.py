@@ -1,4 +1,5 @@
-"""What `run=` names, the same in every command: a run folder, weights it exported, or a run in MLflow."""
+"""What `run=` names, the same in every command: a run folder, weights it exported, or a run in MLflow; and its settings
+where they serve, too."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitexp.config import RAW_NAME, RunConfig, reload
 from vitexp.errors import UserError, nearest
 
 
@@ -45,6 +47,19 @@ def locate(run: str, *, uri: str | None = None, weights: str | None = None, need
     beside = place.parent.iterdir() if place.parent.is_dir() else ()
     siblings = [path.name for path in beside if path.is_dir() or path.suffix == ".safetensors"]
     raise UserError(f"run={run}: there is no such run.{nearest(place.name, siblings)}")
+
+
+def own_settings(found: Located, overrides: list[str], config_dir: str | None) -> RunConfig | None:
+    """The settings of the run itself, some of them changed. None where they do not lie beside its weights, or where
+    `data=` names other pictures, which have other keys: all is to be composed anew then. Raises UserError."""
+    if names_data(overrides) or not (found.folder / RAW_NAME).exists():
+        return None
+    return reload(found.folder, overrides, config_dir)
+
+
+def names_data(overrides: Iterable[str]) -> bool:
+    """Whether other pictures than a run's own are named."""
+    return any(text.startswith("data=") for text in overrides)
 
 
 def take_uri(overrides: list[str]) -> tuple[str | None, list[str]]:
