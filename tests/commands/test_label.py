@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 
-from vitexp import load_run
+from vitexp import load_run, reports
 from vitexp.commands.label import main
 from vitexp.config import compose_and_check
 from vitexp.data import label_store
@@ -39,8 +39,11 @@ FILES = ("head.json", "pictures.txt", "values.f16", "classes.i32")
 def runs(tmp_path_factory) -> Path:
     """A folder with two teachers of fake pictures: net, a timm network, and vit."""
     place = tmp_path_factory.mktemp("runs")
-    train(compose_and_check([*NET, *FAKE, *COMMON, f"output_dir={place}/net"]))
-    train(compose_and_check(["model=vit_debug", *FAKE, *COMMON, f"output_dir={place}/vit"]))
+    with pytest.MonkeyPatch.context() as patched:  # pictures would take longer than the training
+        patched.setattr(reports, "draw_pictures", lambda run, folder: None)
+        patched.setattr(reports.plots, "curves", lambda rows, path: None)
+        train(compose_and_check([*NET, *FAKE, *COMMON, f"output_dir={place}/net"]))
+        train(compose_and_check(["model=vit_debug", *FAKE, *COMMON, f"output_dir={place}/vit"]))
     return place
 
 
@@ -123,19 +126,20 @@ def test_a_vit_sees_larger_pictures_with_its_positions_interpolated(runs, tmp_pa
 
 
 def test_killed_it_goes_on_where_it_stood_and_ends_with_the_same_bytes(runs, tmp_path):
-    command = [f"teacher={runs / 'net'}", *FAKE, "data.num_train=300", "batch_size=4"]
+    command = [f"teacher={runs / 'net'}", *FAKE, "data.num_train=80", "batch_size=4"]
     label(*command, f"output={tmp_path / 'whole'}")
     unfinished, before = tmp_path / "killed" / "unfinished.json", 0
-    for _ in range(3):
+    for _ in range(2):
         child = os.fork()  # a process of its own, without the seconds that its imports would take
         if child == 0:
             _label_and_leave(*command, f"output={tmp_path / 'killed'}")
         while not (unfinished.exists() and done(unfinished) > before):
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
             time.sleep(0.001)
+        time.sleep(0.02)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert before < done(unfinished) < 300
+        assert before < done(unfinished) < 80
         before = done(unfinished)
         with pytest.raises(UserError, match="the label store is unfinished"):
             open_store(tmp_path / "killed")
@@ -145,7 +149,16 @@ def test_killed_it_goes_on_where_it_stood_and_ends_with_the_same_bytes(runs, tmp
 
 
 def _label_and_leave(*arguments: str) -> None:
-    label_store.COMMIT_S = 0.0
+    """Commits every batch, and leaves time to be killed while rows lie in the files that no commit counts yet."""
+    commit = label_store.LabelWriter.commit
+
+    def slowly(self: label_store.LabelWriter) -> None:
+        for file in self._files.values():
+            file.flush()
+        time.sleep(0.05)
+        commit(self)
+
+    label_store.COMMIT_S, label_store.LabelWriter.commit = 0.0, slowly
     try:
         label(*arguments)
     finally:
