@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.layers import AttentionPool2d, RotAttentionPool2d
 from torch import Tensor, nn
 
 from vitexp.data.images import ArrayImages
@@ -155,6 +156,37 @@ def test_a_larger_picture_gives_a_finer_map_of_a_convolutional_net():
     model = small_timm("test_resnet")
     assert check_dense(model, (64, 64), channels=3) == (2, 2)
     assert check_dense(model, (96, 160), channels=3) == (3, 5)
+
+
+@pytest.mark.parametrize("pooling", [AttentionPool2d, RotAttentionPool2d])
+@pytest.mark.parametrize("trained", [False, True])
+def test_attention_with_positions_is_refused_before_it_shows_them_and_after(pooling, trained):
+    """As of CLIP's ResNets. Untrained its weights are all but equal, and it passes for a mean."""
+    model = TimmBackbone("test_resnet", image_size=(64, 64), num_classes=7)
+    width = model.timm_model.num_features
+    torch.manual_seed(0)
+    size = {"feat_size": 2} if pooling is AttentionPool2d else {"ref_feat_size": 2}
+    pool = pooling(width, out_features=width, num_heads=4, head_dim=None, **size)
+    model.timm_model.global_pool = pool.requires_grad_(False)
+    if trained:
+        for parameter in pool.parameters():
+            parameter.mul_(8)
+    else:
+        nn.init.zeros_(model.timm_model.fc.weight)
+    with pytest.raises(UserError, match="classifies by where its features lie"):
+        check_dense(model.eval(), (64, 64), channels=3)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "vit_tiny_patch16_224"])
+def test_an_untrained_head_that_is_blind_to_places_is_let_through_and_left_as_it_was(name):
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2} if "vit" in name else {}
+    model = TimmBackbone(name, image_size=64, num_classes=7, options=small)
+    with torch.no_grad():
+        model.timm_model.get_classifier().weight.zero_()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert check_dense(model.eval(), (64, 64), channels=3)[0] > 1
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 class Corner(nn.Module):

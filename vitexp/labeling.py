@@ -11,6 +11,7 @@ crops are cut from.
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import re
@@ -41,6 +42,7 @@ Maps = tuple[np.ndarray, np.ndarray]  # float16 values and int32 class numbers, 
 
 _OFFICIAL_CHUNK = 256  # files read between two writes
 _SAME = 1e-3  # of the largest logit: how far two ways of computing it may be apart
+_STIRRED = 3.0  # times a parameter's spread: what is added to it at random
 
 
 @dataclass(frozen=True)
@@ -153,23 +155,35 @@ def _token_grid(model: TimmBackbone, tokens: int) -> tuple[Grid, int]:
 
 
 def _check_timm(model: TimmBackbone, images: Tensor) -> None:
-    """Raises UserError unless the network is its head on its features, and the head blind to where a feature lies."""
+    """Raises UserError unless the network is its head on its features, and the head blind to where a feature lies.
+
+    The second is tried with other weights and features than the network's own: attention over near-equal features is
+    a mean wherever they lie, and a last layer of zeros says nothing, so a head that was not trained yet shows nothing
+    of what it will do. Heads that are blind differ by 1e-6 then, attention with positions by more than 0.05."""
     net = model.timm_model
     features, wanted = net.forward_features(images).float(), model(images).float()
+    stirred, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    for parameter in stirred.parameters():
+        spread = max(_STIRRED * float(parameter.float().std(correction=0)), 0.1)
+        parameter.add_(spread * torch.randn(parameter.shape, generator=generator).to(parameter))
+    made_up = torch.randn(features.shape, generator=generator).to(features)
     if features.ndim == 4:
         last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-        places = features.flatten(1, 2) if last else features.flatten(2)
-        elsewhere = places.roll(1, dims=1 if last else 2).view_as(features)
+        places = made_up.flatten(1, 2) if last else made_up.flatten(2)
+        elsewhere = places.roll(1, dims=1 if last else 2).view_as(made_up)
     else:
         before = _token_grid(model, features.shape[1])[1]
-        elsewhere = torch.cat([features[:, :before], features[:, before:].roll(1, dims=1)], dim=1)
-    for moved in (features, elsewhere):
-        found = net.forward_head(moved)
-        if found.shape != wanted.shape or (found - wanted).abs().max() > _SAME * wanted.abs().max():
-            raise UserError(
-                f"teacher: timm's {model.name} classifies by where its features lie, not by their mean alone: "
-                "it cannot be asked at every place"
-            )
+        elsewhere = torch.cat([made_up[:, :before], made_up[:, before:].roll(1, dims=1)], dim=1)
+    its_own = _alike(net.forward_head(features), wanted)
+    if not its_own or not _alike(stirred.forward_head(elsewhere), stirred.forward_head(made_up)):
+        raise UserError(
+            f"teacher: timm's {model.name} classifies by where its features lie, so it cannot be asked at every place"
+        )
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """False also where one is not finite."""
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= _SAME * wanted.abs().max())
 
 
 def top_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
