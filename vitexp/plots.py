@@ -740,8 +740,10 @@ def token_labels(
             x = gap + column * (cell_w + gap)
             ax = figure.add_axes((x / width, y / height, cell_w / width, cell_h / height))
             _place_cell(ax, shown, over.shape[1:], colours, outline)
-            if row == 0:
-                _text(ax.set_title("\n".join(heads[column]), pad=2.5), size=_SMALL, colour=_SOFT)
+            if row == 0:  # in one line, whatever the cell's proportions
+                at = (x + cell_w / 2) / width, (y + cell_h + 0.03) / height
+                head = figure.text(*at, "\n".join(heads[column]), ha="center", va="bottom")
+                _text(head, size=_SMALL, colour=_SOFT)
         x = gap + len(words) * (cell_w + gap)
         ax = figure.add_axes((x / width, y / height, (table - gap) / width, cell_h / height))
         _share_table(ax, picture, colours, classes, size=(table - gap, cell_h))
