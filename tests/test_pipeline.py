@@ -22,8 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vitexp import pipeline, pipeline_report, plots, reports
+from vitexp.checks import leaves
 from vitexp.config import RunConfig, compose_and_check
 from vitexp.config_paths import conf_dir, config_groups
+from vitexp.data.label_store import open_store
 from vitexp.errors import UserError
 
 DRIVER = Path(__file__).parent / "drivers" / "killed_pipelines.py"
@@ -42,20 +44,23 @@ TINY = {
         "tuned": {"parent": "first", "stage": "finetune", "train.epochs": 1},
     },
 }
-SETTINGS = [
-    "pipeline=tiny",
-    "model=vit_debug",
+A_LABELING = {"command": "label", "teacher": "timm:resnet18"}
+COMMON = [
     "data=fake",
     "data.num_train=24",
     "data.num_val=8",
     "train.batch_size=8",
-    "first.train.epochs=2",
     "train.log_every=1",
     "train.save_every=2",
     "train.workers=0",
     "runtime.device=cpu",
     "tracking=none",
-]  # 6 updates, none, and 3
+]
+SETTINGS = ["pipeline=tiny", "model=vit_debug", "first.train.epochs=2", *COMMON]  # 6 updates, none, and 3
+# Its stages learn on 3 updates each.
+LABELED = ["pipeline=token_labeling", "train.epochs=1", "teacher.model.image_size=32", "label.batch_size=8"]
+LABELED += [f"{stage}.{key}" for stage in ("tokens", "plain") for key in ("model.depth=1", "model.embed_dim=32")]
+LABELED += ["runtime.precision=fp32", *COMMON]
 
 
 @pytest.fixture(scope="module")
@@ -113,38 +118,55 @@ def _composed(overrides: tuple[str, ...], config_dir: str | None) -> RunConfig:
 
 def stages_of(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """The settings of each stage, as they would run in the folder `here`."""
-    _, stages = pipeline.plan_stages(overrides, config_dir)
+    stages = pipeline.plan(overrides, config_dir).stages
     return {stage.name: stage.config(Path("here"), config_dir) for stage in stages}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes stages run in this process, without their pictures. Holds the names of those run."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from vitexp.commands import label
+    from vitexp.config import from_request
+    from vitexp.train import train
+
+    names: list[str] = []
+
+    def begin(folder: Path) -> None:
+        names.append(folder.name)
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    def run(request: str, *, processes: int) -> int:
+        file = tmp_path / "request.yaml"
+        file.write_text(request)
+        config = from_request(file)
+        begin(Path(config.output_dir))
+        train(config)
+        return 0
+
+    def command(arguments: list[str], *, config_dir: str | None) -> int:
+        assert arguments[0] == "label"
+        (store,) = (Path(text.partition("=")[2]) for text in arguments if text.startswith("output="))
+        begin(store.parent)
+        return label.main(arguments[1:], config_dir)
+
+    monkeypatch.setattr(pipeline, "run_in_processes", run)
+    monkeypatch.setattr(pipeline, "run_command", command)
+    monkeypatch.setattr(reports, "draw_pictures", lambda run, folder: None)
+    for name in ("curves", "confusion_matrix", "reliability"):
+        monkeypatch.setattr(plots, name, lambda *given, **how: None)
+    return names
 
 
 # ---- What runs -------------------------------------------------------------------------------------------------------
 
 
 def test_weights_pass_on_a_report_is_made_and_the_same_command_runs_nothing(
-    tmp_path: Path, config_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, config_dir: str, here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    from vitexp.config import from_request
-    from vitexp.train import train
-
-    ran: list[str] = []
-
-    def here(request: str, *, processes: int) -> int:
-        file = tmp_path / "request.yaml"
-        file.write_text(request)
-        config = from_request(file)
-        ran.append(Path(config.output_dir).name)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train(config)
-        return 0
-
-    monkeypatch.setattr(pipeline, "run_in_processes", here)
-    monkeypatch.setattr(reports, "draw_pictures", lambda run, folder: None)
-    for name in ("curves", "confusion_matrix", "reliability"):
-        monkeypatch.setattr(plots, name, lambda *given, **how: None)
-    folder = tmp_path / "run"
+    ran, folder = here, tmp_path / "run"
     command = [*SETTINGS, f"output_dir={folder}"]
     assert pipeline.main(command, config_dir) == 0
     assert ran == ["first", "features", "tuned"]
@@ -181,6 +203,83 @@ def test_weights_pass_on_a_report_is_made_and_the_same_command_runs_nothing(
     assert ran == ["first", "features", "tuned"]
     assert capsys.readouterr().err.count("finished already") == 3
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_label_maps_pass_on_and_another_teacher_makes_others(
+    tmp_path: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, everything = tmp_path / "run", ["teacher", "label", "tokens", "plain"]
+    command = [*LABELED, f"output_dir={folder}"]
+    assert pipeline.main(command, None) == 0
+    assert here == everything
+    store = open_store(folder / "label" / "store")
+    assert store.head["teacher"]["weights_sha256"] == weights_of(folder / "teacher")
+    assert store.values.shape == (24, 5, 2, 2)
+    summaries = {name: json.loads((folder / name / "summary.json").read_text()) for name in ("tokens", "plain")}
+    assert summaries["tokens"]["token_labels"] == store.fingerprint()
+    assert "token_labels" not in summaries["plain"]
+
+    found = json.loads((folder / "report.json").read_text())
+    teacher, labeling, tokens, plain = found["stages"]
+    assert [stage["parent"] for stage in found["stages"]] == [None, "teacher", None, None]
+    assert (tokens["token_labels"], plain["token_labels"]) == ("label", None)
+    assert labeling["maps"] == "5 of 10 classes at 2x2 places, 0.0 MB"
+    assert labeling["perf"]["minutes"] == pytest.approx(24 / labeling["perf"]["images_per_s"] / 60)
+    tops = {stage["name"]: 100 * stage["metrics"]["val/top1"] for stage in (teacher, tokens, plain)}
+    over = found["points_over"]["plain"]
+    assert over == {name: pytest.approx(tops[name] - tops["plain"]) for name in ("teacher", "tokens")}
+    for text in [(folder / f"report.{kind}").read_text() for kind in ("md", "html")]:
+        assert "points over plain" in text
+        assert f"{over['tokens']:+.2f}" in text
+    assert f"{over['tokens']:+.2f} points over plain" in capsys.readouterr().out
+
+    for change, anew, said in [
+        ([], [], "finished already"),
+        (["seed=0", "label.train.workers=0"], [], "finished already"),
+        (["label.k=3"], ["label", "tokens"], "has changed: k: 5 -> 3"),
+        (["teacher.train.max_steps=2"], ["teacher", "label", "tokens"], "changed: token labels of label: "),
+        (["plain.resume=never", "label.resume=never"], ["label", "plain"], "== 4/4 plain"),
+    ]:
+        command += change
+        here.clear()
+        assert pipeline.main(command, None) == 0
+        assert here == anew
+        assert said in capsys.readouterr().err
+    assert open_store(folder / "label" / "store").fingerprint() != store.fingerprint()
+    assert len(list((folder / "label" / "previous").iterdir())) == 3, "the former maps are set aside"
+
+
+def test_a_finished_run_stands_in_for_a_stage(
+    tmp_path: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = tmp_path / "elsewhere"
+    only = ["pipeline=token_labeling", *(f"~pipeline.stages.{name}" for name in ("label", "tokens", "plain"))]
+    taught = [text for text in LABELED if not text.startswith(("pipeline", "label.", "tokens.", "plain."))]
+    assert pipeline.main([*only, "~pipeline.baseline", *taught, f"output_dir={ready}"], None) == 0
+    here.clear()
+    rest = [text for text in LABELED if not text.startswith("teacher.")]
+    folder = tmp_path / "run"
+    command = [*rest, f"teacher.run={ready / 'teacher'}", f"output_dir={folder}"]
+    for anew in (["label", "tokens", "plain"], []):
+        here.clear()
+        assert pipeline.main(command, None) == 0
+        assert here == anew
+        assert f"== 1/4 teacher: {ready / 'teacher'}\na finished run\n" in capsys.readouterr().err
+    assert not (folder / "teacher").exists()
+    assert open_store(folder / "label" / "store").head["teacher"]["weights_sha256"] == weights_of(ready / "teacher")
+    teacher, *_ = json.loads((folder / "report.json").read_text())["stages"]
+    summary = json.loads((ready / "teacher" / "summary.json").read_text())
+    assert (teacher["name"], teacher["metrics"]["val/top1"]) == ("teacher", summary["val/top1"])
+
+    here.clear()
+    named = [text for text in command if not text.startswith("teacher.run")]
+    named += ["~pipeline.stages.teacher", f"label.teacher={ready / 'teacher'}"]
+    assert pipeline.main(named, None) == 0
+    assert here == ["label"], "and what it leaves is the same"
+
+
+def weights_of(run: Path) -> str:
+    return json.loads((run / "model.json").read_text())["weights"]["sha256"]
 
 
 def test_a_changed_setting_runs_its_stage_and_those_after_it_anew(
@@ -290,11 +389,59 @@ def test_overrides_go_to_all_stages_or_to_one_and_win_over_the_file(config_dir: 
     assert [one.train.epochs for one in typed.values()] == [5, 5, 7]
     assert [one.choices["model"] for one in typed.values()] == ["vit_debug", "vit_tiny", "vit_debug"]
     assert [one.stage.name for one in typed.values()] == ["pretrain", "evaluate", "finetune"]
-    _, (*_, tuned) = pipeline.plan_stages(["tuned.train.epochs=7", "train.epochs=5", "pipeline=tiny"], config_dir)
+    *_, tuned = pipeline.plan(["tuned.train.epochs=7", "train.epochs=5", "pipeline=tiny"], config_dir).stages
     assert "train.epochs=7" in tuned.overrides, "in any order"
     more = ["train.epochs=3", "train={epochs:4}", "++tuned.train.epochs=8", "~tuned.group"]
-    _, (*_, tuned) = pipeline.plan_stages(["pipeline=tiny", *more], config_dir)
+    *_, tuned = pipeline.plan(["pipeline=tiny", *more], config_dir).stages
     assert tuned.overrides[-4:] == ("train={epochs:4}", "++train.epochs=8", "~group", "pipeline=none")
+
+
+def test_labeling_hears_of_data_and_devices_and_of_what_is_said_to_it() -> None:
+    given = ["pipeline=token_labeling", "data=fake", "data.num_train=24", "seed=3", "train.batch_size=8", "name=mine"]
+    given += ["runtime.device=cpu", "label.runtime.threads=1", "label.k=3", "label.image_size=[64,32]"]
+    _, labeling, tokens, plain = pipeline.plan(given, None).stages
+    assert isinstance(labeling, pipeline.LabelStage)
+    assert labeling.arguments(labeling.config(Path("/here"), None), Path("/here")) == [
+        "teacher=/here/teacher",
+        "k=3",
+        "image_size=[64, 32]",
+        "output=/here/label/store",
+        "data=fake",
+        "data.num_train=24",
+        "runtime.device=cpu",
+        "runtime.threads=1",
+        "pipeline=none",
+    ]
+    one, other = (stage.config(Path("/here"), None) for stage in (tokens, plain))
+    assert (one.seed, one.train.batch_size, one.train.token_labels) == (3, 8, "/here/label/store")
+    assert other.train.token_labels is None
+    unlike = {key for key, value in leaves(one.resolved) if dict(leaves(other.resolved)).get(key) != value}
+    assert unlike == {"method.labels", "train.token_labels", "output_dir"}, "they are compared for nothing else"
+    _, labeling, *_ = pipeline.plan(["pipeline=token_labeling"], None).stages
+    assert "data=digits" in labeling.arguments(labeling.config(Path("/here"), None), Path("/here")), "not the teacher's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["label.k=0"], ["stage label: k=0: a whole number"]),
+        (["label.kk=3"], ["stage label: kk=3: no such key 'kk'"]),
+        (["label.split=tset"], ["stage label: split='tset': one of train, val, all"]),
+        (["label.from=maps"], ["stage label: k=5: from=maps takes maps as they are"]),
+        (["teacher.run=nowhere"], ["teacher.run=nowhere: not the folder of a finished run, it has no summary.json"]),
+        (["tokens.token_labels=lable"], ["token_labels=lable: no stage before it", "Did you mean 'label'?"]),
+        (["tokens.token_labels=null"], ["stage tokens: method.labels=tokens: needs train.token_labels="]),
+    ],
+)
+def test_a_mistake_about_labels_is_said_before_anything_runs(
+    tmp_path: Path, ran: list[str], arguments: list[str], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        pipeline.main(["pipeline=token_labeling", *arguments, f"output_dir={tmp_path / 'run'}"], None)
+    for word in words:
+        assert word in str(error.value)
+    assert ran == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_value_of_the_file_reaches_its_stage_as_it_is(tmp_path: Path) -> None:
@@ -335,8 +482,8 @@ def test_folders_and_typed_values_may_hold_spaces_commas_and_quotes(
 
 def test_without_a_folder_the_same_settings_in_any_order_find_their_own(workdir: Path, config_dir: str) -> None:
     def found(*overrides: str) -> Path:
-        name, stages = pipeline.plan_stages(list(overrides), config_dir)
-        return pipeline.folder_of(name, stages, list(overrides), config_dir)
+        planned = pipeline.plan(list(overrides), config_dir)
+        return pipeline.folder_of(planned, list(overrides), config_dir)
 
     one = found("pipeline=tiny", "seed=1", "name=mine")
     assert one.parent == workdir / "outputs" / "mine"
@@ -380,11 +527,21 @@ def test_a_mistake_is_one_clear_error_before_anything_runs(
         ({"name": "tiny", "stages": {"a": "finetune"}}, "pipeline.stages.a=finetune: expected settings"),
         ({"name": "tiny", "stages": {}}, "under stages, its stages in order"),
         ({"stages": {"a": {}}}, "pipeline=None: a pipeline's file has a name"),
+        ({"name": "tiny", "stages": {"a": {}}, "baseline": "b"}, "pipeline.baseline=b: no stage has that name"),
+        ({"name": "tiny", "stages": {"a": {"command": "lable"}}}, "a.command=lable: expected train or label"),
+        ({"name": "tiny", "stages": {"a": {"token_labels": "b"}}}, "a.token_labels=b: no stage before it"),
+        ({"name": "tiny", "stages": {"a": {}, "b": {"token_labels": "a"}}}, "b.token_labels=a: is no stage with"),
+        ({"name": "tiny", "stages": {"a": A_LABELING, "b": {"parent": "a"}}}, "b.parent=a: labels pictures"),
+        (
+            {"name": "tiny", "stages": {"a": A_LABELING, "b": {"command": "label", "parent": "a"}}},
+            "it can be no teacher",
+        ),
+        ({"name": "tiny", "stages": {"a": {**A_LABELING, "output": "maps"}}}, "a.output=maps: the store lies in"),
     ],
 )
 def test_a_pipeline_that_cannot_be_is_refused(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        pipeline.plan_stages(["pipeline=tiny"], own_pipeline(tmp_path, content))
+        pipeline.plan(["pipeline=tiny"], own_pipeline(tmp_path, content))
 
 
 @pytest.mark.parametrize("arguments", [["--multirun", "seed=0,1"], ["plan"], ["--multirun", "pipeline=mae,none"]])
@@ -430,7 +587,7 @@ SHIPPED = [f"pipeline={name}" for name in config_groups()["pipeline"] if name !=
 def test_a_shipped_pipeline_composes_stage_by_stage(option: str) -> None:
     stages = stages_of([option])
     assert len(stages) > 2
-    assert any(one.init_from for one in stages.values())
+    assert any(stage.parent for stage in pipeline.plan([option], None).stages)
     for name, one in stages.items():
         assert Path(one.output_dir) == Path("here") / name
         assert one.group == "here"
@@ -440,8 +597,10 @@ def test_a_shipped_pipeline_composes_stage_by_stage(option: str) -> None:
 # ---- Killed ----------------------------------------------------------------------------------------------------------
 
 
-def killed_pipelines(place: Path, plan: dict[str, Any], config_dir: str) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, str(DRIVER), str(place), json.dumps(plan), config_dir, *SETTINGS]
+def killed_pipelines(
+    place: Path, plan: dict[str, Any], config_dir: str, settings: list[str] = SETTINGS
+) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, str(DRIVER), str(place), json.dumps(plan), config_dir, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
@@ -455,7 +614,8 @@ def without_clock(folder: Path) -> tuple[Any, list[str], bytes]:
     """The report's figures, its table and its charts, but for images/s and minutes."""
     figures = json.loads((folder / "report.json").read_text())
     for stage in figures["stages"]:
-        stage["perf"] = sorted(stage["perf"])
+        # A labeling killed right after its last picture has left no speed.
+        stage["perf"] = None if stage["maps"] else sorted(stage["perf"])
     lines = (folder / "report.md").read_text().splitlines()
     lines = [" | ".join(line.split(" | ")[:-2]) if line.startswith("|") else line for line in lines]
     page = re.sub(rb"<td>[\d.]*</td><td>[\d.]*</td></tr>", b"", (folder / "report.html").read_bytes())
@@ -472,6 +632,40 @@ def test_killed_in_any_stage_or_between_it_ends_with_the_same_report(tmp_path: P
     found = killed_pipelines(tmp_path / "runs", plan, config_dir)
     assert all(all(report["killed"]) for report in found.values()), found
     assert without_clock(tmp_path / "runs" / "killed") == without_clock(tmp_path / "runs" / "whole")
+
+
+def test_killed_while_it_labels_or_right_after_it_ends_with_the_same_report(tmp_path: Path, config_dir: str) -> None:
+    killed = [
+        ("label", "replace", 3),  # two of three batches are whole
+        ("pipeline", "replace", 3),  # label has finished, which the ledger does not know
+        ("tokens", "step", 2),
+    ]
+    plan = {"whole": [], "killed": killed}
+    found = killed_pipelines(tmp_path / "runs", plan, config_dir, LABELED)
+    assert all(all(report["killed"]) for report in found.values()), found
+    assert without_clock(tmp_path / "runs" / "killed") == without_clock(tmp_path / "runs" / "whole")
+    stores = [open_store(tmp_path / "runs" / name / "label" / "store") for name in plan]
+    assert stores[0].fingerprint() == stores[1].fingerprint()
+    assert stores[0].values.tobytes() == stores[1].values.tobytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_token_labeling_it_ends_with_the_same_report(
+    tmp_path: Path, config_dir: str
+) -> None:
+    draw, stages = random.Random(1), ("teacher", "label", "tokens", "plain")
+    points = [("label", call, n) for call in ("replace", "fsync") for n in range(1, 7)]
+    points += [(stage, "step", n) for stage in ("teacher", "tokens", "plain") for n in (1, 3)]
+    points += [("pipeline", "replace", n) for n in range(1, 13)]
+    plan: dict[str, Any] = {"whole": []}
+    plan |= {
+        f"{n}": sorted(draw.sample(points, 4), key=lambda point: (*stages, "pipeline").index(point[0]))
+        for n in range(10)
+    }
+    found = killed_pipelines(tmp_path / "runs", plan, config_dir, LABELED)
+    assert sum(sum(report["killed"]) for report in found.values()) >= 25, found
+    for name in plan:
+        assert without_clock(tmp_path / "runs" / name) == without_clock(tmp_path / "runs" / "whole"), plan[name]
 
 
 @pytest.mark.slow

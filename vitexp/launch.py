@@ -100,6 +100,13 @@ def run_in_processes(request_yaml: str, *, processes: int) -> int:
         return code
 
 
+def run_command(arguments: list[str], *, config_dir: str | None) -> int:
+    """Runs `python -m vitexp <arguments>` in a process of its own in the same way."""
+    where = [] if config_dir is None else ["--config-dir", config_dir]
+    command = [sys.executable, "-m", "vitexp", *arguments, *where]
+    return _watch([subprocess.Popen(command, start_new_session=True)])
+
+
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     received: list[int] = []
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from vitexp import journal, plots
 from vitexp.config import CONFIG_NAME
+from vitexp.data.label_store import SPEED, open_store
 from vitexp.run_folder import make_folder, write_atomic
 
 # What a stage is judged by, best first: a classifier's accuracy, else a probe's, else that of nearest neighbours.
@@ -25,6 +27,17 @@ PICTURES = (("reconstructions/*.png", "what the decoder restores"), ("attention.
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where one stage lies, and what it took from which others."""
+
+    name: str
+    folder: Path
+    parent: str | None  # whose weights
+    token_labels: str | None  # whose label maps
+    store: Path | None  # of its own label maps, where it made some
+
+
+@dataclass(frozen=True)
 class StageResult:
     """One finished stage, as its folder tells."""
 
@@ -32,51 +45,91 @@ class StageResult:
     folder: Path
     kind: str  # of stage and method
     parent: str | None
+    token_labels: str | None
     pictures: str  # of the training split: "all", "10 %", or "none" where nothing was trained
-    epochs: float
+    epochs: float | None  # None for a stage that is no run
     metrics: dict[str, float]
     curve: list[tuple[float, float]]  # (epoch, accuracy) of every evaluation
     losses: list[tuple[float, float]]  # (epoch, training loss)
     perf: dict[str, float]  # images_per_s and minutes, of the updates alone, over all its starts; empty if it made none
+    maps: str | None = None  # what label maps it made
 
     @property
     def accuracy(self) -> tuple[str, float] | None:
         """(metric, value) that it is judged by; None for a stage that classifies nothing."""
         return next(((name, self.metrics[name]) for name in JUDGED_BY if name in self.metrics), None)
 
+    def points_over(self, baseline: StageResult | None) -> float | None:
+        """Percentage points of accuracy above the baseline's; None where they are not judged by the same metric."""
+        if baseline is None or baseline is self or self.accuracy is None or baseline.accuracy is None:
+            return None
+        (name, value), (measured, usual) = self.accuracy, baseline.accuracy
+        return 100 * (value - usual) if name == measured else None
 
-def write_report(folder: Path, *, name: str, stages: list[str]) -> str:
-    """Writes the files and the charts into the pipeline's folder; returns lines for a person."""
-    results = [read_stage(folder / stage) for stage in stages]
+
+def write_report(folder: Path, *, name: str, parts: list[Part], baseline: str | None = None) -> str:
+    """Writes the files and the charts into the pipeline's folder; returns lines for a person.
+
+    `baseline` names the part with whose accuracy the others' are compared."""
+    results = [read_run(part) if part.store is None else read_labeling(part, part.store) for part in parts]
+    usual = next((result for result in results if result.name == baseline), None)
     charts = draw_charts(results, folder / "plots")
     seen = [(path, f"{result.name}: {words}") for result in results for path, words in _pictures(result)]
-    write_atomic(folder / "report.md", markdown(name, results, [*charts, *seen], folder))
-    write_atomic(folder / "report.html", page(name, results, [*charts, *seen]))
-    write_atomic(folder / "report.json", as_json(name, results))
-    lines = [f"{result.name:<14}{_accuracy(result)}" for result in results]
+    write_atomic(folder / "report.md", markdown(name, results, [*charts, *seen], folder, baseline=usual))
+    write_atomic(folder / "report.html", page(name, results, [*charts, *seen], baseline=usual))
+    write_atomic(folder / "report.json", as_json(name, results, baseline=usual))
+    lines = [f"{result.name:<14}{result.maps or _accuracy(result)}{_compared(result, usual)}" for result in results]
     return "\n".join([*lines, f"report      {folder / 'report.html'}", f"            {folder / 'report.md'}"])
 
 
-def read_stage(folder: Path) -> StageResult:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    rows = journal.read(folder / "metrics.jsonl")
+def read_run(part: Part) -> StageResult:
+    summary = json.loads((part.folder / "summary.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((part.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    rows = journal.read(part.folder / "metrics.jsonl")
     metrics = {key: value for key, value in summary.items() if key.startswith(("val/", "val_ema/", "train/"))}
     judged = next((key for key in JUDGED_BY if key in metrics), None)
     trained, share = summary["step"] > 0, config["train"]["fraction"]
     seconds = trained_s(rows, summary["global_batch"])
     speed = {"images_per_s": summary["step"] * summary["global_batch"] / seconds} if seconds else {}
     return StageResult(
-        name=folder.name,
-        folder=folder,
+        name=part.name,
+        folder=part.folder,
         kind=f"{config['stage']['name']}, {config['choices']['method']}" if trained else config["stage"]["name"],
-        parent=None if config["init_from"] is None else Path(config["init_from"]).name,
+        parent=part.parent,
+        token_labels=part.token_labels,
         pictures=("all" if share == 1 else f"{100 * share:g} %") if trained else "none",
         epochs=summary["epoch"],
         metrics=metrics,
         curve=_by_epoch(rows, judged),
         losses=_by_epoch(rows, "train/loss"),
         perf=speed | {"minutes": seconds / 60} if trained else {},
+    )
+
+
+def read_labeling(part: Part, store: Path) -> StageResult:
+    """A stage that made label maps; its minutes are those of all pictures at the speed of its last start."""
+    found = open_store(store)
+    pictures, kept, height, width = found.values.shape
+    perf = {}
+    if (store / SPEED).exists():  # it is not where one was killed between the last picture and this file
+        last = json.loads((store / SPEED).read_text(encoding="utf-8"))
+        speed = last["pictures"] / last["seconds"]
+        perf = {"images_per_s": speed, "minutes": pictures / speed / 60}
+    size = (found.values.nbytes + found.numbers.nbytes) / 1e6
+    classes = len(found.head["classes"])
+    return StageResult(
+        name=part.name,
+        folder=part.folder,
+        kind="label",
+        parent=part.parent or found.head["teacher"].get("name"),
+        token_labels=None,
+        pictures=f"{pictures:,}",
+        epochs=None,
+        metrics={},
+        curve=[],
+        losses=[],
+        perf=perf,
+        maps=f"{kept} of {classes:,} classes at {height}x{width} places, {size:,.1f} MB",
     )
 
 
@@ -110,32 +163,35 @@ def draw_charts(results: list[StageResult], folder: Path) -> list[tuple[Path, st
     return charts
 
 
-COLUMNS = (
-    "stage",
-    "what it does",
-    "starts from",
-    "labels or pictures",
-    "accuracy",
-    "other",
-    "epochs",
-    "images/s",
-    "minutes",
-)
-
-
-def table(results: list[StageResult]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def table(results: list[StageResult], *, baseline: StageResult | None) -> list[tuple[str, ...]]:
+    """The heads of the columns, and a row a stage."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "stage",
+            "what it does",
+            "starts from",
+            "labels or pictures",
+            "accuracy",
+            *([] if baseline is None else [f"points over {baseline.name}"]),
+            "other",
+            "epochs",
+            "images/s",
+            "minutes",
+        )
+    ]
     for result in results:
         others = [f"{key} {result.metrics[key]:.4g}" for key in ALSO_SHOWN if key in result.metrics]
+        points = result.points_over(baseline)
         rows.append(
             (
                 result.name,
                 result.kind,
-                result.parent or "random weights",
+                (result.parent or "random weights") + (f", {result.token_labels}" if result.token_labels else ""),
                 result.pictures,
                 _accuracy(result),
-                ", ".join(others),
-                f"{result.epochs:g}",
+                *([] if baseline is None else ["" if points is None else f"{points:+.2f}"]),
+                ", ".join([result.maps] if result.maps else others),
+                "" if result.epochs is None else f"{result.epochs:g}",
                 f"{result.perf['images_per_s']:.0f}" if "images_per_s" in result.perf else "",
                 f"{result.perf['minutes']:.1f}" if "minutes" in result.perf else "",
             )
@@ -143,26 +199,40 @@ def table(results: list[StageResult]) -> list[tuple[str, ...]]:
     return rows
 
 
-def as_json(name: str, results: list[StageResult]) -> str:
+def as_json(name: str, results: list[StageResult], *, baseline: StageResult | None) -> str:
     stages = [{key: value for key, value in asdict(result).items() if key != "folder"} for result in results]
-    return json.dumps({"pipeline": name, "stages": stages}, indent=2) + "\n"
+    tree: dict[str, Any] = {"pipeline": name, "stages": stages}
+    if baseline is not None:
+        points = {result.name: result.points_over(baseline) for result in results}
+        tree["points_over"] = {baseline.name: {key: value for key, value in points.items() if value is not None}}
+    return json.dumps(tree, indent=2) + "\n"
 
 
-def markdown(name: str, results: list[StageResult], pictures: list[tuple[Path, str]], folder: Path) -> str:
-    lines = [f"# Pipeline {name}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in table(results)]
+def markdown(
+    name: str,
+    results: list[StageResult],
+    pictures: list[tuple[Path, str]],
+    folder: Path,
+    *,
+    baseline: StageResult | None,
+) -> str:
+    columns, *rows = table(results, baseline=baseline)
+    lines = [f"# Pipeline {name}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
     lines += ["", _reading(), ""]
     for path, words in pictures:
-        lines += [f"## {words}", "", f"![{words}]({path.relative_to(folder).as_posix()})", ""]
+        place = Path(os.path.relpath(path, folder)).as_posix()  # that of a finished run lies elsewhere
+        lines += [f"## {words}", "", f"![{words}]({place})", ""]
     return "\n".join(lines)
 
 
-def page(name: str, results: list[StageResult], pictures: list[tuple[Path, str]]) -> str:
+def page(
+    name: str, results: list[StageResult], pictures: list[tuple[Path, str]], *, baseline: StageResult | None
+) -> str:
     """The same as one HTML file that needs nothing beside it and no network."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in table(results)
-    )
+    columns, *rows = table(results, baseline=baseline)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
     figures = "".join(
         f'<figure><figcaption>{html.escape(words)}</figcaption><img alt="{html.escape(words)}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
@@ -187,7 +257,7 @@ STYLE = (
 def _reading() -> str:
     return (
         "Accuracy is of the validation split after the last epoch; nothing was chosen on it. Minutes are of the "
-        "updates alone, over all starts of the stage."
+        "updates alone, over all starts of the stage; of a labeling, of its scoring."
     )
 
 
@@ -197,6 +267,11 @@ def _accuracy(result: StageResult) -> str:
     name, value = result.accuracy
     kind = name.partition("/")[2]
     return f"{100 * value:.2f} %" + ("" if kind == "top1" else f" ({kind.removesuffix('_top1')})")
+
+
+def _compared(result: StageResult, baseline: StageResult | None) -> str:
+    points = result.points_over(baseline)
+    return "" if baseline is None or points is None else f"   {points:+.2f} points over {baseline.name}"
 
 
 def _pictures(result: StageResult) -> list[tuple[Path, str]]:

@@ -95,8 +95,9 @@ class RunLock:
     A second process is refused at once with the pid and host of the first. The kernel gives the lock back when the
     holder ends in whatever way, kill -9 included, so a lock is never stale and never needs removing by hand."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, key: str = "output_dir") -> None:
         self.path = run_dir / LOCK_NAME
+        self.key = key  # by which a person gave the folder
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -127,8 +128,8 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"output_dir={self.path.parent} is in use by {_holder(descriptor)}\n"
-                "wait for it, stop it, or give another output_dir"
+                f"{self.key}={self.path.parent} is in use by {_holder(descriptor)}\n"
+                f"wait for it, stop it, or give another {self.key}"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:

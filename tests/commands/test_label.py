@@ -20,7 +20,7 @@ from vitexp.commands.label import main
 from vitexp.config import compose_and_check
 from vitexp.data import label_store
 from vitexp.data.batch_transforms import normalise
-from vitexp.data.label_store import LabelStore, open_store
+from vitexp.data.label_store import SPEED, LabelStore, open_store
 from vitexp.data.sources.folder import folder
 from vitexp.errors import UserError
 from vitexp.run import open_source
@@ -64,7 +64,8 @@ def of_files(root: Path) -> list[str]:
 
 
 def content(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(place.iterdir()) if path.name != ".lock"}
+    """All but what depends on the clock."""
+    return {path.name: path.read_bytes() for path in sorted(place.iterdir()) if path.name not in (".lock", SPEED)}
 
 
 def label(*arguments: str) -> None:

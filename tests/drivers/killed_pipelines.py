@@ -2,8 +2,9 @@
 
 A program of its own, started by tests/test_pipeline.py: it imports torch once and forks for every attempt and stage.
 usage: killed_pipelines.py <folder> <plan as JSON: {"name": [[where, point, number], …]}> <config dir> <override> …
-In a stage (`where` is its name) the points are those of killed_runs.py. Where "pipeline", in the process that runs the
-stages, a point is a function of os whose call with that number is the last thing that happens.
+In a stage (`where` is its name) the points are those of killed_runs.py. In a labeling, and where "pipeline" in the
+process that runs the stages, a point is "time" or a function of os whose call with that number is the last thing that
+happens.
 """
 
 from __future__ import annotations
@@ -12,78 +13,76 @@ import functools
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from killed_runs import die, die_at
+from killed_runs import die_at, die_at_call, in_a_fork, was_killed
 
 from vitexp import pipeline, plots, reports, train
+from vitexp.commands import label
 from vitexp.config import compose_and_check, from_request
+from vitexp.data import label_store
+
+Kill = tuple[str, str, int]
+UNTOUCHED = {name: getattr(os, name) for name in ("replace", "rename", "mkdir")}
 
 
-def die_at_call(name: str, number: int) -> None:
-    original, left = getattr(os, name), [number]
-
-    def call(*args: object, **kwargs: object) -> object:
-        left[0] -= 1
-        if left[0] == 0:
-            die()
-        return original(*args, **kwargs)
-
-    setattr(os, name, call)
+def die_anywhere(point: str, number: int) -> None:
+    (die_at if point == "time" else die_at_call)(point, number)
 
 
-def stage_in_a_fork(request: str, *, processes: int, kill: tuple[str, str, int] | None) -> int:
-    """In place of run_in_processes: the same settings by the same way, without a second's import of torch."""
-    child = os.fork()
-    if child == 0:
-        code = 3
-        try:
-            with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-                file.write(request)
-                file.flush()
-                config = from_request(Path(file.name))
-            if kill is not None and kill[0] == Path(config.output_dir).name:
+def in_a_stage(work: Callable[[], object]) -> int:
+    """The exit code of this work in a process of its own, where calls of os are not the pipeline's."""
+    touched = {name: getattr(os, name) for name in UNTOUCHED}
+    for name, function in UNTOUCHED.items():
+        setattr(os, name, function)
+    code = os.waitstatus_to_exitcode(in_a_fork(work))
+    for name, function in touched.items():
+        setattr(os, name, function)
+    return code
+
+
+def attempt(overrides: list[str], config_dir: str, kill: Kill | None) -> int:
+    """The status of one command, whose process and those of its stages are forks that share one import of torch."""
+
+    def dies(where: str) -> bool:
+        return kill is not None and kill[0] == where
+
+    def run(request: str, *, processes: int) -> int:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(request)
+            file.flush()
+            config = from_request(Path(file.name))
+
+        def work() -> None:
+            if dies(Path(config.output_dir).name):
                 die_at(*kill[1:])
             train.train(config)
-            code = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+        return in_a_stage(work)
 
-def attempt(overrides: list[str], config_dir: str, kill: tuple[str, str, int] | None) -> int:
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 3
-        try:
-            untouched = {name: getattr(os, name) for name in ("replace", "rename", "mkdir")}
+    def command(arguments: list[str], *, config_dir: str | None) -> int:
+        name, *words = arguments
+        assert name == "label"
+        (store,) = (Path(text.partition("=")[2]) for text in words if text.startswith("output="))
 
-            def run_stage(request: str, *, processes: int) -> int:
-                touched = {name: getattr(os, name) for name in untouched}
-                for name, function in untouched.items():  # the stage's own calls are not the pipeline's
-                    setattr(os, name, function)
-                code = stage_in_a_fork(request, processes=processes, kill=kill)
-                for name, function in touched.items():
-                    setattr(os, name, function)
-                return code
+        def work() -> int:
+            if dies(store.parent.name):
+                die_anywhere(*kill[1:])
+            return label.main(words, config_dir)
 
-            pipeline.run_in_processes = run_stage
-            if kill is not None and kill[0] == "pipeline":
-                die_at_call(*kill[1:])
-            code = pipeline.main(overrides, config_dir)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1]
+        return in_a_stage(work)
+
+    def work() -> int:
+        pipeline.run_in_processes, pipeline.run_command = run, command
+        if dies("pipeline"):
+            die_anywhere(*kill[1:])
+        return pipeline.main(overrides, config_dir)
+
+    return in_a_fork(work, session=True)
 
 
 def main() -> None:
@@ -92,9 +91,11 @@ def main() -> None:
     for name in ("curves", "confusion_matrix", "reliability", "reconstructions"):
         setattr(plots, name, lambda *given, **how: None)
     plots.by_epoch = lambda curves, path, **how: path.write_text(json.dumps(curves)) and path
+    label_store.COMMIT_S = 0.0  # so that every batch is a point at which a labeling goes on
     composed = functools.cache(lambda overrides, config_dir: compose_and_check(list(overrides), config_dir))
     pipeline.compose_and_check = lambda overrides, config_dir: composed(tuple(overrides), config_dir)
 
+    label.compose_and_check = pipeline.compose_and_check
     place, plan, config_dir, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], sys.argv[4:]
     for name, kills in plan.items():
         folder = place / name
@@ -103,7 +104,7 @@ def main() -> None:
         happened, started = [], time.monotonic()
         for kill in kills:
             status = attempt(typed, config_dir, tuple(kill))
-            happened.append(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+            happened.append(was_killed(status))
             if not happened[-1] and status != 0:
                 break
         last = attempt(typed, config_dir, None)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,15 +50,7 @@ def die_at(point: str, number: int) -> None:
         timer.daemon = True
         timer.start()
     else:
-        name, left, saving = point, [number], [False]
-        original, save = getattr(os, name), checkpoint.save
-
-        def call(*args: object, **kwargs: object) -> object:
-            if saving[0]:
-                left[0] -= 1
-                if left[0] == 0:
-                    die()
-            return original(*args, **kwargs)
+        saving, save = [False], checkpoint.save
 
         def saved(*args: object, **kwargs: object) -> object:
             saving[0] = True
@@ -66,27 +59,53 @@ def die_at(point: str, number: int) -> None:
             finally:
                 saving[0] = False
 
-        setattr(os, name, call)
+        die_at_call(point, number, counts=lambda: saving[0])
         checkpoint.save = saved  # type: ignore[assignment]
 
 
-def attempt(config: RunConfig, kill: tuple[str, int] | None) -> int:
+def die_at_call(name: str, number: int, *, counts: Callable[[], bool] = lambda: True) -> None:
+    """Death right before the call of os.<name> with that number, of those made while `counts` says so."""
+    original, left = getattr(os, name), [number]
+
+    def call(*args: object, **kwargs: object) -> object:
+        if counts():
+            left[0] -= 1
+            if left[0] == 0:
+                die()
+        return original(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+def in_a_fork(work: Callable[[], object], *, session: bool = False) -> int:
+    """The status with which a process ends that does this work; `session`: with all that it starts, when it dies."""
     child = os.fork()
     if child == 0:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
         code = 3
         try:
-            if kill is not None:
-                die_at(*kill)
-            train.train(config)
-            code = 0
+            if session:
+                os.setsid()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            returned = work()
+            code = returned if isinstance(returned, int) else 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1]
+
+
+def was_killed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def attempt(config: RunConfig, kill: tuple[str, int] | None) -> int:
+    def work() -> None:
+        if kill is not None:
+            die_at(*kill)
+        train.train(config)
+
+    return in_a_fork(work, session=True)
 
 
 def main() -> None:
@@ -106,7 +125,7 @@ def main() -> None:
                 shutil.rmtree(folder)
                 number //= 2
                 status = attempt(config, (point, number))
-            happened.append(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
+            happened.append(was_killed(status))
             if not happened[-1] and status != 0:
                 break
         last = attempt(config, None)

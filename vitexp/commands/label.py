@@ -13,6 +13,7 @@ a picture, <class>/<name>.pt."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import sys
 import time
@@ -29,6 +30,7 @@ from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check
 from vitexp.config_paths import config_groups
 from vitexp.errors import UserError, nearest
 from vitexp.models.checks import height_width, one_of
+from vitexp.run_folder import write_atomic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +51,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     from vitexp.signals import StopRequest
 
     uri, arguments = take_uri(arguments)
-    given, overrides = _given(arguments, config_dir)
+    given, overrides = parse(arguments, config_dir)
     output = Path(given["output"]).expanduser()
     with StopRequest():  # a signal ends it as an error does: what is whole is kept
         if "from" in given:
@@ -138,7 +140,7 @@ def fill(
     from tqdm import tqdm
 
     from vitexp.data.images import Subset
-    from vitexp.data.label_store import LabelWriter, identities
+    from vitexp.data.label_store import SPEED, LabelWriter, identities
 
     pictures = identities(images)
     with LabelWriter(folder, head) as writer:
@@ -154,8 +156,10 @@ def fill(
                 writer.append([pictures[i] for i in done], values, numbers)
                 at += len(done)
                 bar.update(len(done))
-        writer.finish()
         took = time.monotonic() - began
+        if lacking.size:
+            write_atomic(folder / SPEED, json.dumps({"pictures": len(lacking), "seconds": took}))
+        writer.finish()
     size = sum(path.stat().st_size for path in folder.iterdir())
     grid, k = "x".join(map(str, head["grid"])), head["k"]
     what = f"{len(pictures):,} pictures, {k} of {len(head['classes']):,} classes at {grid} places"
@@ -312,7 +316,7 @@ def _checksum(model: nn.Module) -> str:
 # ---- what was given --------------------------------------------------------------------------------------------------
 
 
-def _given(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
+def parse(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str], list[str]]:
     """What this command takes itself, and the settings. Raises UserError for what is missing, unknown or too much."""
     pairs = [text.partition("=")[::2] for text in arguments]
     given = {key: value for key, value in pairs if key in KEYS}
@@ -329,6 +333,11 @@ def _given(arguments: list[str], config_dir: str | None) -> tuple[dict[str, str]
                 raise UserError(
                     f"{key}={given[key]}: from={given['from']} takes maps as they are, no teacher makes them"
                 )
+    _image_size(given.get("image_size"))
+    _whole(given, "batch_size", 1)
+    if given.get("k") != "all":
+        _whole(given, "k", 1)
+    one_of("split", given.get("split", "train"), SPLITS)
     return given, [text for text, (key, _) in zip(arguments, pairs, strict=True) if key not in KEYS]
 
 
@@ -343,7 +352,6 @@ def _splits(source: Source, split: str, output: Path) -> dict[str, Path]:
     from vitexp.data.label_store import HEAD
 
     there = source.splits()
-    one_of("split", split, SPLITS)
     if not source.classes:
         raise UserError(f"data={source.name}: has no classes, so there is nothing to label places with")
     if split != "all":

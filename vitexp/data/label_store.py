@@ -33,6 +33,7 @@ FORMAT = 1
 HEAD, UNFINISHED, PICTURES, VALUES, CLASSES = (
     "head.json", "unfinished.json", "pictures.txt", "values.f16", "classes.i32",
 )  # fmt: skip
+SPEED = "speed.json"  # how many pictures the last writer added, in how many seconds; no part of the store
 COMMIT_S = 2.0  # between two points at which a killed writer goes on
 _VALUE, _CLASS = np.dtype("<f2"), np.dtype("<i4")
 # What the maps depend on, in the order in which a difference is told.
@@ -138,7 +139,7 @@ class LabelWriter:
 
     # ---- entering --------------------------------------------------------------------------------------------------
     def __enter__(self) -> LabelWriter:
-        self._lock = RunLock(self.folder)
+        self._lock = RunLock(self.folder, key="output")
         self._lock.acquire()
         try:
             self._look()
