@@ -155,6 +155,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(pipeline, "run_in_processes", run)
     monkeypatch.setattr(pipeline, "run_command", command)
     monkeypatch.setattr(reports, "draw_pictures", lambda run, folder: None)
+    monkeypatch.setattr(reports, "draw_token_labels", lambda run, folder, *, epoch: None)
     for name in ("curves", "confusion_matrix", "reliability"):
         monkeypatch.setattr(plots, name, lambda *given, **how: None)
     return names
@@ -417,7 +418,8 @@ def test_labeling_hears_of_data_and_devices_and_of_what_is_said_to_it() -> None:
     assert other.train.token_labels is None
     unlike = {key for key, value in leaves(one.resolved) if dict(leaves(other.resolved)).get(key) != value}
     assert unlike == {"method.labels", "train.token_labels", "output_dir"}, "they are compared for nothing else"
-    _, labeling, *_ = pipeline.plan(["pipeline=token_labeling"], None).stages
+    _, labeling, tokens, _ = pipeline.plan(["pipeline=token_labeling", "label.split=all"], None).stages
+    assert tokens.config(Path("/here"), None).train.token_labels == "/here/label/store/train"
     assert "data=digits" in labeling.arguments(labeling.config(Path("/here"), None), Path("/here")), "not the teacher's"
 
 

@@ -23,7 +23,11 @@ from vitexp.run_folder import make_folder, write_atomic
 JUDGED_BY = ("val/top1", "val/probe_top1", "val/knn_top1")
 ALSO_SHOWN = ("val/loss", "val_ema/top1", "val/effective_rank")
 # The last of these files in a stage's plots/ is shown.
-PICTURES = (("reconstructions/*.png", "what the decoder restores"), ("attention.png", "where the encoder looks"))
+PICTURES = (
+    ("reconstructions/*.png", "what the decoder restores"),
+    ("token_labels/*.png", "what its tokens are taught, and say"),
+    ("attention.png", "where the encoder looks"),
+)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def attempt(overrides: list[str], config_dir: str, kill: Kill | None) -> int:
 def main() -> None:
     # Pictures take a second a run and change no bit of what is compared; a chart is the numbers in it.
     reports.draw_pictures = lambda run, folder: None
+    reports.draw_token_labels = lambda run, folder, *, epoch: None
     for name in ("curves", "confusion_matrix", "reliability", "reconstructions"):
         setattr(plots, name, lambda *given, **how: None)
     plots.by_epoch = lambda curves, path, **how: path.write_text(json.dumps(curves)) and path
