@@ -169,10 +169,7 @@ class VisionTransformer(nn.Module):
 
         With `keep` (b, m), raster positions, (b, m, d) of these patches in that order, and only these are computed.
         Raises UserError for pictures of another size or number of channels than the model was built for."""
-        if tuple(images.shape[1:]) != (self.in_channels, *self.image_size):
-            given = "x".join(str(side) for side in images.shape[1:])
-            wanted = "x".join(str(side) for side in (self.in_channels, *self.image_size))
-            raise UserError(f"pictures are {given} but model.in_channels and model.image_size make it {wanted}")
+        self.check_pictures(images)
         positions = self.pos_embed[:, self.prefix_positions :]
         if keep is not None:
             positions = F.embedding(keep, positions[0])
@@ -182,14 +179,28 @@ class VisionTransformer(nn.Module):
         """Features of any patch tokens from `embed`, as many as are left of them and in any order.
 
         The class token joins here with its own position, after whatever was done to the patches."""
-        if self.cls_token is not None:
-            cls = self.cls_token + self.pos_embed[:, :1] if self.prefix_positions else self.cls_token
-            tokens = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        prefix = self.prefix_tokens()
+        if prefix is not None:
+            prefix = prefix + self.pos_embed[:, : self.prefix_positions] if self.prefix_positions else prefix
+            tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = run_blocks(self.blocks, self.pos_drop(tokens), recompute=self.gradient_checkpointing and self.training)
-        tokens = self.norm(tokens)
-        if self.cls_token is None:
-            return Features(cls=None, patches=tokens)
-        return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
+        return self.features(self.norm(tokens))
+
+    def check_pictures(self, images: Tensor) -> None:
+        """Raises UserError for pictures of another size or number of channels than the model was built for."""
+        if tuple(images.shape[1:]) != (self.in_channels, *self.image_size):
+            given = "x".join(str(side) for side in images.shape[1:])
+            wanted = "x".join(str(side) for side in (self.in_channels, *self.image_size))
+            raise UserError(f"pictures are {given} but model.in_channels and model.image_size make it {wanted}")
+
+    def prefix_tokens(self) -> Tensor | None:
+        """(1, num_prefix_tokens, d) what stands in front of the patches, without positions; None: nothing."""
+        return self.cls_token
+
+    def features(self, tokens: Tensor) -> Features:
+        """What stands where among the encoder's (b, num_prefix_tokens + n, d) outputs."""
+        cls = None if self.cls_token is None else tokens[:, 0]
+        return Features(cls=cls, patches=tokens[:, self.num_prefix_tokens :])
 
     def pooled(self, features: Features) -> Tensor:
         """(b, d) one vector a picture, normalised: what a classifier, a probe or a k-NN reads."""

@@ -35,7 +35,11 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 _WRAPPERS = ("state_dict_ema", "model_ema", "model", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _LVVIT_STEM = "patch_embed.conv3.weight"
-_POSITION_MODE_OF = {"jax": "jax", "mae": "mae", "lvvit": "mae", "timm": "timm"}  # LV-ViT resizes as MAE does
+_T2T_STEM = "tokens_to_token.project.weight"
+# The official codes of LV-ViT, DeiT and T2T-ViT resize as MAE's does. timm's keys are those of a plain DeiT, too: there
+# the model says how (`position_mode`).
+_POSITION_MODE_OF = {"jax": "jax", "mae": "mae", "lvvit": "mae", "deit": "mae", "deit3": "mae", "t2t": "mae"}
+_LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")  # DeiT III's names, and timm's: blocks.i.ls1.gamma
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class LoadReport:
     """What `load_weights` did. Printing it gives one paragraph."""
 
     path: str
-    family: str  # jax (official .npz), mae (MAE pretraining), lvvit (LV-ViT's stem), timm (timm's keys, all others)
+    # jax (official .npz), mae (MAE pretraining), lvvit (LV-ViT's stem), t2t (T2T-ViT's soft splits), deit (DeiT's
+    # distillation token), deit3 (LayerScale, and no position of the class token), timm (timm's keys, all others)
+    family: str
     loaded: int  # tensors taken over
     head: str  # kept, fresh (zero), or none where the model has no classifier
     missing: tuple[str, ...]  # the model's names that the file did not fill: they keep their fresh values
@@ -88,8 +94,8 @@ def load_weights(
     token and the model the pooled vector (`fc_norm`), as in MAE's fine-tuning. A masked autoencoder takes the decoder
     along where the file has one, else its own stays fresh and the report says so; other models leave it in the file.
     LV-ViT's classifier of tokens stays in the file where the model has none; a model with two keeps both or neither.
-    `position_mode` is jax, mae or timm; by default that of the file's family: npz jax, MAE pretraining and LV-ViT mae,
-    else timm.
+    `position_mode` is jax, mae or timm; by default that of the file's family: npz jax; MAE pretraining, LV-ViT, DeiT
+    with distillation token, DeiT III and T2T-ViT mae; for timm's keys the model's, which is mae of a DeiT, else timm.
     `grid` is the file's (rows, columns) of patches, needed only where its number of patches does not tell.
     Raises UserError when the file cannot be read or anything else is missing, left over or of another shape."""
     one_of("head", head, HEAD_CHOICES)
@@ -124,7 +130,7 @@ def load_weights(
             del state[key]
 
     # ---- position embedding --------------------------------------------------------------------------------------
-    mode = position_mode or _POSITION_MODE_OF[family]
+    mode = position_mode or _POSITION_MODE_OF.get(family) or getattr(model, "position_mode", "timm")
     how = {"grid": grid or run_grid, "mode": mode, "file": file}
     resized = _settle_positions("pos_embed", model, state, own, notes, **how)
     _settle_positions("decoder_pos_embed", model, state, own, [], **how)  # has the same grids
@@ -176,7 +182,7 @@ def read_state_dict(file: Path) -> tuple[dict[str, Tensor], str, str | None]:
     loaded, wrapper = (_read_safetensors(file), None) if file.suffix == ".safetensors" else _unwrap(_read_torch(file))
     if not loaded or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise UserError(f"{file}: holds no state dict, bare or under {', '.join(_WRAPPERS)}")
-    state = _strip_prefixes(loaded)
+    state = {_LAYER_SCALE.sub(r"\1.ls\2.gamma", key): tensor for key, tensor in _strip_prefixes(loaded).items()}
     return state, _family(state), wrapper
 
 
@@ -364,7 +370,12 @@ def _is_mae_pretraining(state: Mapping[str, Tensor]) -> bool:
 def _family(state: Mapping[str, Tensor]) -> str:
     if _is_mae_pretraining(state):
         return "mae"
-    return "lvvit" if _LVVIT_STEM in state else "timm"
+    for key, family in ((_LVVIT_STEM, "lvvit"), (_T2T_STEM, "t2t"), ("dist_token", "deit")):
+        if key in state:
+            return family
+    table = state.get("pos_embed")
+    scaled = "blocks.0.ls1.gamma" in state and "cls_token" in state
+    return "deit3" if scaled and table is not None and table.ndim == 3 and square_side(table.shape[1]) else "timm"
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -440,10 +451,12 @@ def _settle_positions(
     table, new_grid = state.get(name), getattr(model, "grid_size", None)
     if table is None or name not in own or new_grid is None or table.ndim != 3:
         return None
-    if ("cls_token" in state) != ("cls_token" in own):
+    if any((token in state) != (token in own) for token in ("cls_token", "dist_token")):
         return None  # said below, in plainer words than a table of the wrong length would be
     prefix = own[name].shape[1] - new_grid[0] * new_grid[1]
     rows = table.shape[1]
+    if prefix == 0 and "cls_token" in own and not _lacks_class_row(rows, grid=grid, like=new_grid):
+        raise UserError(f"{file}: its class token has a position and the model's has none: model.class_position=true")
     if prefix == 1 and _lacks_class_row(rows, grid=grid, like=new_grid):
         # deit3 and others give the class token no position: a row of zeros says the same in our table.
         table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
@@ -513,10 +526,21 @@ def _misfit(
 def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     if all(map(_is_mae_decoder, missing + unexpected + misshaped)):
         return "\nOnly the decoder differs: load_weights(model.encoder, ...) loads the encoder alone"
+    if _T2T_STEM in unexpected:
+        return "\nThe file is a T2T-ViT: model=t2t_7 to t2t_24, or t2t_t_14 to t2t_t_24"
+    if _T2T_STEM in missing:
+        return "\nThe file has no soft splits of T2T-ViT: model=vit_base, deit_base and the like"
+    if any(key.startswith("tokens_to_token.") for key in missing):
+        other = "transformer" if "tokens_to_token.attention1.attn.qkv.weight" in unexpected else "performer"
+        return f"\nThe file has another module between its soft splits: model.token_module={other}"
     if _LVVIT_STEM in unexpected:
         return "\nThe file is an LV-ViT: model=lvvit_tiny, lvvit_small, lvvit_medium or lvvit_large"
     if _LVVIT_STEM in missing:
         return "\nThe file has no LV-ViT stem: model=vit_base and the like"
+    if "dist_token" in unexpected:
+        return "\nThe file is a distilled DeiT: model=deit_base_distilled and the like, or model.distilled=true"
+    if "dist_token" in missing:
+        return "\nThe file has no distillation token: model.distilled=false"
     if "cls_token" in missing:
         return "\nThe file has no class token: model.class_token=false model.pool=mean"
     if "cls_token" in unexpected:
@@ -525,6 +549,8 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         return "\nThe file normalises after pooling: model.pool=mean model.norm=after_pool"
     if missing + unexpected == ["pos_embed"]:
         return f"\nmodel.position_embedding={'sincos_big_vision' if missing else 'learned'} would fit"
+    if missing + unexpected and all(re.search(r"\.ls[12]\.gamma$", key) for key in missing + unexpected):
+        return f"\nOnly one of the two has LayerScale: model.layer_scale={'1.0e-4' if unexpected else 'null'}"
     if all(key.endswith("qkv.bias") for key in unexpected + missing):
         return f"\nOnly one of the two has q, k, v biases: model.qkv_bias={str(bool(unexpected)).lower()}"
     return ""
