@@ -116,7 +116,7 @@ def _ask(method: TokenLabeling, batch: Batch) -> _Asked:
     grid: Grid = backbone.grid_size
     box = token_box(BOX, grid=grid) if method.mix_tokens else NO_BOX
     label, tokens = method.targets(batch, grids=[grid])
-    cls_logits, token_logits = method._logits(
+    cls_logits, token_logits = method.both_logits(
         backbone.encode(mix_tokens(backbone.embed(batch.images), box=box, grid=grid))
     )
     top, bottom, left, right = box

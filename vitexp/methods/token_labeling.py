@@ -98,7 +98,7 @@ class TokenLabeling(Method):
         cls_targets, token_targets = self.targets(batch, grids=[grid])
         if box is None:
             box = token_box(torch.rand(3, dtype=torch.float64).tolist(), grid=grid) if self.mix_tokens else NO_BOX
-        cls_logits, token_logits = self._logits(
+        cls_logits, token_logits = self.both_logits(
             backbone.encode(mix_tokens(backbone.embed(batch.images), box=box, grid=grid))
         )
         loss = token_label_loss(
@@ -150,7 +150,7 @@ class TokenLabeling(Method):
             return one_hot(targets, self.num_classes, smoothing=self.label_smoothing)
         return targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
 
-    def _logits(self, features: Features) -> tuple[Tensor, Tensor]:
+    def both_logits(self, features: Features) -> tuple[Tensor, Tensor]:
         """Of the class token (b, k), and of every patch token (b, n, k)."""
         backbone: Any = self.backbone
         if self.token_head is None:
