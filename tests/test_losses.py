@@ -7,13 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitexp.losses import classification_loss, soft_target_loss, token_label_loss, with_ground_truth
+from vitexp.errors import UserError
+from vitexp.losses import (
+    classification_loss,
+    distillation_loss,
+    soft_target_loss,
+    token_label_loss,
+    with_ground_truth,
+)
 from vitexp.token_mixing import mix_class_targets
 
-GOLDEN = {name: torch.from_numpy(a) for name, a in np.load(Path(__file__).parent / "golden" / "tlt_losses.npz").items()}
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = {name: torch.from_numpy(array) for name, array in np.load(FOLDER / "tlt_losses.npz").items()}
 ROWS = GOLDEN["TokenLabelCrossEntropy_rows"].tolist()
+DEIT = {name: torch.from_numpy(array) for name, array in np.load(FOLDER / "deit_distill_loss.npz").items()}
+FORMS = {1: "soft_deit", 2: "hard"}  # by the golden rows' numbers
 
 
 def box(number: float) -> tuple[int, int, int, int]:
@@ -87,3 +98,65 @@ def test_half_precision_logits_are_weighed_in_single() -> None:
     loss = soft_target_loss(logits, GOLDEN["target2"])
     assert loss.dtype == torch.float32
     assert torch.equal(loss, soft_target_loss(logits.float(), GOLDEN["target2"]))
+
+
+# ---- distillation ------------------------------------------------------------------------------------------------
+def base_loss(number: float, logits: Tensor) -> Tensor:
+    """What the official criterion adds the distillation to."""
+    soft, hard = DEIT["soft_labels"], DEIT["int_labels"]
+    if number == 3:
+        return F.binary_cross_entropy_with_logits(logits, soft)
+    if number == 0:
+        return soft_target_loss(logits, soft)
+    return classification_loss(logits, hard, label_smoothing=0.1 if number == 1 else 0.0)
+
+
+def deit_loss(form: float, alpha: float, temperature: float, base: float, cls: Tensor, dist: Tensor) -> Tensor:
+    if form == 0:
+        return base_loss(base, cls)
+    distilled = distillation_loss(dist, DEIT["teacher"], form=FORMS[int(form)], temperature=temperature)
+    return (1 - alpha) * base_loss(base, cls) + alpha * distilled
+
+
+def test_every_official_distillation_loss_is_reproduced() -> None:
+    rows = DEIT["rows"].tolist()
+    assert (len(rows), {row[0] for row in rows}) == (72, {0, 1, 2})
+    for *case, expected in rows:
+        found = deit_loss(*case, DEIT["student_cls"], DEIT["student_kd"])
+        assert found.item() == pytest.approx(expected, rel=1e-6), case
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_official_distillation_gradient_is_reproduced(form: int) -> None:
+    logits = [DEIT[name].clone().requires_grad_() for name in ("student_cls", "student_kd")]
+    deit_loss(form, 0.5, 3.0, 0, *logits).backward()
+    for part, tensor in zip(("cls", "kd"), logits, strict=True):
+        expected = DEIT[f"grad_{part}_{FORMS[form].removesuffix('_deit')}_a0.5_t3"]
+        torch.testing.assert_close(tensor.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_textbooks_soft_loss_is_the_mean_over_pictures() -> None:
+    student, teacher = DEIT["student_kd"].double(), DEIT["teacher"].double()
+    total = 0.0
+    for said, wanted in zip(student / 2, teacher / 2, strict=True):
+        p, q = wanted.exp() / wanted.exp().sum(), said.exp() / said.exp().sum()
+        total += sum(p[k] * (p[k] / q[k]).log() for k in range(10)).item()
+    assert distillation_loss(student, teacher, form="soft", temperature=2.0).item() == pytest.approx(4 * total / 6)
+    official = distillation_loss(student, teacher, form="soft_deit", temperature=2.0).item()
+    assert official == pytest.approx(4 * total / 6 / 10)
+
+
+@pytest.mark.parametrize("form", ["soft", "soft_deit", "hard"])
+def test_a_teacher_learns_nothing_and_half_precision_is_weighed_in_single(form: str) -> None:
+    student, teacher = DEIT["student_kd"].bfloat16().requires_grad_(), DEIT["teacher"].bfloat16().requires_grad_()
+    loss = distillation_loss(student, teacher, form=form)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss(student.float(), teacher.float(), form=form))
+    assert teacher.grad is None
+    assert student.grad.any()
+
+
+def test_an_unknown_form_of_distillation_is_named() -> None:
+    with pytest.raises(UserError, match=r"distillation 'sofft': one of hard, soft, soft_deit.*'soft'"):
+        distillation_loss(DEIT["student_kd"], DEIT["teacher"], form="sofft")

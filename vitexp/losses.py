@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitexp.errors import UserError, nearest
+
+Distillation = Literal["hard", "soft", "soft_deit"]
 
 
 def classification_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -46,3 +52,20 @@ def with_ground_truth(cls_targets: Tensor, ground_truth: Tensor) -> Tensor:
     Where they differ 0.9 is the teacher's, as the official code does, and not as its comment says."""
     agree = cls_targets.argmax(1, keepdim=True) == ground_truth.argmax(1, keepdim=True)
     return torch.lerp(ground_truth, cls_targets, torch.where(agree, 0.5, 0.9))
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, *, form: Distillation, temperature: float = 1.0) -> Tensor:
+    """How far a student's logits (b, k) are from a teacher's, in float32; nothing flows back into the teacher.
+
+    hard: cross entropy with the class that the teacher finds most likely. soft: temperature² times the mean over the
+    batch of KL(teacher, student), both softened by the temperature (Hinton et al. 2015, arXiv:1503.02531). soft_deit:
+    the same divided by the number of classes, as the official DeiT code does it. Raises UserError for another form."""
+    logits, teacher = logits.float(), teacher.detach().float()
+    if form == "hard":
+        return F.cross_entropy(logits, teacher.argmax(dim=1))
+    if form not in get_args(Distillation):
+        forms = get_args(Distillation)
+        raise UserError(f"distillation {form!r}: one of {', '.join(forms)} is needed.{nearest(str(form), forms)}")
+    student, wanted = (F.log_softmax(part / temperature, dim=1) for part in (logits, teacher))
+    divergence = F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
+    return divergence / logits.shape[1] if form == "soft_deit" else divergence
