@@ -643,7 +643,7 @@ def _published_lr(recipe: Recipe, step: int) -> float:
 def test_every_preset_has_its_figures_here() -> None:
     presets = {path.stem: path.read_text(encoding="utf-8") for path in (conf_dir() / "experiment").glob("*.yaml")}
     pipelines = {name for name, text in presets.items() if "override /pipeline" in text}
-    assert pipelines == {"mae_cifar10", "convergence"}
+    assert pipelines == {"mae_cifar10", "convergence", "token_labeling_cifar10"}
     assert RECIPES.keys() == presets.keys() - pipelines
 
 
