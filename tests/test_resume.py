@@ -49,8 +49,9 @@ def killed_runs(place: Path, plan: dict[str, list[tuple[str, int]]], *extra: str
     assert done.returncode == 0, done.stderr[-3000:]
     reports = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
     assert list(reports) == list(plan), done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
     for report in reports.values():
-        assert report["last"] == 0, (report, done.stderr[-3000:])
+        assert report["last"] == 0, (report, errors)
     return reports
 
 

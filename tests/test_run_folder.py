@@ -68,6 +68,21 @@ def test_lock_is_free_when_the_holder_is_killed_but_its_forked_worker_lives(tmp_
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_lock_that_a_child_of_a_killed_holder_still_has_is_waited_for(tmp_path: Path) -> None:
+    # As a child just being forked when the holder was killed, which holds the lock until it gets to die.
+    code = "import subprocess, sys, time; from pathlib import Path; from vitexp.run_folder import RunLock\n"
+    code += "lock = RunLock(Path(sys.argv[1])); lock.acquire()\n"
+    code += "subprocess.Popen(['sleep', '1'], pass_fds=[lock._descriptor]); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    holder.wait()
+    RunLock(tmp_path).acquire()
+
+
 def test_lock_is_given_back_at_the_end_and_after_an_error(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broke"), RunLock(tmp_path):

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vitexp.errors import UserError
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 PREVIOUS_NAME = "previous"
 
+_DYING_S = 5.0  # how long the lock of a process that has ended is waited for
 # What flock answers where the file system has no locks at all (some Lustre, some FUSE mounts).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -124,17 +126,27 @@ class RunLock:
         _held.add(self)
 
     def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.key}={self.path.parent} is in use by {_holder(descriptor)}\n"
-                f"wait for it, stop it, or give another {self.key}"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            log.warning("%s cannot be locked here (%s): see that no second run writes in it", self.path, error.strerror)
+        given_up = time.monotonic() + _DYING_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                holder = _holder(descriptor)
+                # Of a killed run a child that it was just forking may hold the lock until it gets to die.
+                if not _has_ended(holder) or time.monotonic() > given_up:
+                    raise UserError(
+                        f"{self.key}={self.path.parent} is in use by {_named(holder)}\n"
+                        f"wait for it, stop it, or give another {self.key}"
+                    ) from None
+                time.sleep(0.02)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning(
+                    "%s cannot be locked here (%s): see that no second run writes in it", self.path, error.strerror
+                )
+                return
 
     def release(self) -> None:
         """Gives the lock back. The file stays: removing it would let two processes lock two files of one name."""
@@ -153,15 +165,32 @@ class RunLock:
         self.release()
 
 
-def _holder(descriptor: int) -> str:
-    """Who wrote the lock file, waiting a moment for one that has locked it and is about to write."""
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Who wrote the lock file, waiting a moment for one that has locked it and is about to write; {} if unknown."""
     for _ in range(20):
-        try:
+        with contextlib.suppress(ValueError):
             holder = json.loads(os.pread(descriptor, 4096, 0))
-            return f"process {holder['pid']} on {holder['host']}, started {holder['since']}"
-        except (ValueError, KeyError, TypeError):
-            time.sleep(0.02)
-    return "another process"
+            if isinstance(holder, dict) and {"pid", "host", "since"} <= holder.keys():
+                return holder
+        time.sleep(0.02)
+    return {}
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return "process {pid} on {host}, started {since}".format(**holder) if holder else "another process"
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether it is certain that no such process is here any more."""
+    if not holder or holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
