@@ -18,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from measuring import Clock, parser, start, table, take_turns
-from torch import nn
+from measuring import Clock, classification_step, parser, start, table, take_turns
 
 from vitexp.data.images import ArrayImages, Images, Subset
 from vitexp.data.label_store import LabelStore, LabelWriter, identities, open_store
@@ -195,21 +193,8 @@ def targets_of(store: LabelStore) -> Callable[[], object]:
 def training_step() -> Callable[[], None]:
     torch.manual_seed(0)
     images, classes = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(10, (BATCH,))
-    model = VisionTransformer(
-        image_size=SIDE, patch_size=PATCH, embed_dim=192, depth=12, num_heads=3, num_classes=10
-    ).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(images), classes)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    model = VisionTransformer(image_size=SIDE, patch_size=PATCH, embed_dim=192, depth=12, num_heads=3, num_classes=10)
+    return classification_step(model, images, classes)
 
 
 if __name__ == "__main__":

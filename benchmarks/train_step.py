@@ -7,13 +7,11 @@ default, torch's fused attention. lucidrains' row needs `pip install vit-pytorch
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
-from measuring import Clock, parser, ratio, spread, start, table, take_turns, verdict
+from measuring import Clock, classification_step, parser, ratio, spread, start, table, take_turns, verdict
 from torch import nn
 
 from vitexp.costs import TRAIN_TO_FORWARD, forward_gflops
@@ -69,22 +67,6 @@ def models(size: Size) -> dict[str, nn.Module]:
     return made
 
 
-def step_of(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
-    model.train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(images), targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def gemm_peak(clock: Clock, *, repeats: int) -> float:
     """10^9 bf16 operations a second of the best of a few square products: the floor under any step."""
     best = 0.0
@@ -113,7 +95,9 @@ def main() -> None:
         targets = torch.randint(size.classes, (batch,))
         contenders = models(size)
         gflops = TRAIN_TO_FORWARD * batch * forward_gflops(contenders["vitexp"], size.image)
-        times = take_turns({n: step_of(m, images, targets) for n, m in contenders.items()}, rounds=rounds, clock=clock)
+        times = take_turns(
+            {n: classification_step(m, images, targets) for n, m in contenders.items()}, rounds=rounds, clock=clock
+        )
         for name in contenders:
             seconds = statistics.median(times[name])
             goal = size.goals.get(name)

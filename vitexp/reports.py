@@ -443,6 +443,7 @@ def facts_of(
         "device": device,
         "processes": processes,
         "threads": torch.get_num_threads(),
+        **({} if run.token_labels is None else {"token_labels": run.token_labels.fingerprint()}),
     }
 
 

@@ -182,15 +182,18 @@ def _named(holder: dict[str, Any]) -> str:
 
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether it is certain that no such process is here any more."""
-    if not holder or holder["host"] != socket.gethostname():
-        return False
+    return bool(holder) and holder["host"] == socket.gethostname() and not process_exists(holder["pid"])
+
+
+def process_exists(pid: int) -> bool:
+    """Whether this machine has such a process, be it another user's."""
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
-    return False
+    except PermissionError:
+        return True
+    return True
 
 
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 from vitexp import journal
 from vitexp.errors import UserError
+from vitexp.run_folder import process_exists
 
 RECORD_NAME = "tracking.json"
 JOURNAL_NAME = "metrics.jsonl"
@@ -814,7 +815,7 @@ def deliver(run_dir: Path, *, uri: str | None = None) -> Delivery:
         why = "made with tracking=none" if record.uri is None else f"whose store's password is not kept ({record.uri})"
         raise UserError(f"run={run_dir} is a run {why}; give uri=sqlite:///outputs/mlflow.db or a server's address")
     target = resolve_uri(uri, run_dir) if uri is not None else str(record.uri)
-    if record.status == "RUNNING" and record.host == socket.gethostname() and not _alive(record.pid):
+    if record.status == "RUNNING" and record.host == socket.gethostname() and not process_exists(record.pid):
         record.status = "KILLED"
     record.artifacts += [n for n in USUAL_ARTIFACTS if n not in record.artifacts and (run_dir / n).exists()]
 
@@ -896,13 +897,3 @@ def fetch(
     except Exception as error:
         raise UserError(f"run=mlflow:{run_id}: cannot be fetched from MLflow at {shown}: {_one_line(error)}") from error
     return folder, weights
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

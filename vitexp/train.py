@@ -18,7 +18,7 @@ from torch import nn
 
 from vitexp import checkpoint, reports, run_folder, runtime
 from vitexp.config import CONFIG_NAME, RAW_NAME, RunConfig, to_yaml
-from vitexp.data.batch_transforms import normalise
+from vitexp.data.batch_transforms import on_device
 from vitexp.data.images import changes as data_changes
 from vitexp.data.loader import eval_batches, train_batches
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
@@ -191,8 +191,6 @@ def fit(
             device=accelerator.device.type,
             processes=world,
         )
-        if run.token_labels is not None:
-            facts["token_labels"] = run.token_labels.fingerprint()
         books = reports.Books(run, folder, horizon, facts=facts, state=state, resumed=found is not None)
     batches = train_batches(
         run.train_data,
@@ -283,14 +281,8 @@ def fit(
 
 
 def ready(batch: Batch, run: Run, device: torch.device) -> Batch:
-    """The batch on the device, its uint8 pictures normalised there: a quarter of the bytes travel."""
-    images = batch.images.to(device, non_blocking=True)
-    images = normalise(images, run.preprocessing["mean"], run.preprocessing["std"])
-    maps = batch.maps
-    if maps is not None:  # boxes stay: token_labels.py begins with them on the CPU
-        values, numbers = (part.to(device, non_blocking=True) for part in (maps.values, maps.numbers))
-        maps = replace(maps, values=values, numbers=numbers)
-    return replace(batch, images=images, targets=batch.targets.to(device, non_blocking=True), maps=maps)
+    """The batch on the device, normalised as this run's model wants it."""
+    return on_device(batch, device, mean=run.preprocessing["mean"], std=run.preprocessing["std"])
 
 
 def evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from pathlib import Path
@@ -19,7 +18,7 @@ from vitexp.errors import UserError
 from vitexp.labeling import dense_scores
 from vitexp.methods.mae import MaskedAutoencoding
 from vitexp.methods.token_labeling import TokenLabeling
-from vitexp.models.build import build_model, model_options
+from vitexp.models.build import build_model
 from vitexp.models.t2t import (
     EPSILON,
     T2TViT,
@@ -358,16 +357,6 @@ def test_wrong_options_are_one_clear_error(options: dict, words: list[str]) -> N
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "patch_size=" not in str(caught.value)  # which is no option here
     assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_t2t_yaml_lists_every_constructor_option_with_its_default() -> None:
-    listed = model_options("t2t")
-    assert listed.pop("_target_") == "vitexp.models.t2t.T2TViT"
-    signature = inspect.signature(T2TViT).parameters
-    assert set(listed) == set(signature)
-    for key, parameter in signature.items():
-        if parameter.default is not inspect.Parameter.empty and key != "num_classes":
-            assert listed[key] == parameter.default, key
 
 
 # ---- training ----------------------------------------------------------------------------------------------------

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from vitexp.errors import UserError
+from vitexp.types import Batch
 
 _SLICE = 1 << 18  # numbers: 1 MiB of floats, which stays in a core's cache through the three passes (1.8 times as fast)
+
+
+def on_device(batch: Batch, device: torch.device, *, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """A loader's batch on the device, its uint8 pictures normalised there: a quarter of the bytes travel."""
+    images = normalise(batch.images.to(device, non_blocking=True), mean, std)
+    maps = batch.maps
+    if maps is not None:  # boxes stay: token_labels.py begins with them on the CPU
+        values, numbers = (part.to(device, non_blocking=True) for part in (maps.values, maps.numbers))
+        maps = replace(maps, values=values, numbers=numbers)
+    return replace(batch, images=images, targets=batch.targets.to(device, non_blocking=True), maps=maps)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -251,8 +251,17 @@ def _batches(split: Split, positions: Iterable[Position], *, workers: int, pin_m
         _fetch_here(split, positions) if workers == 0 else _fetch_in_workers(split, positions, workers, pin_memory)
     )
     for tensors in fetched:
-        images, targets, index, *maps = [t.pin_memory() if pin_memory and not t.is_pinned() else t for t in tensors]
-        yield Batch(images, targets, index, LabelMaps(maps[0], maps[1], maps[2], maps[3]) if maps else None)
+        yield _batch_of([t.pin_memory() if pin_memory and not t.is_pinned() else t for t in tensors])
+
+
+def batch_at(split: Split, position: Position) -> Batch:
+    """The one batch that a position names, read here. Raises BadImage."""
+    return _batch_of(_tensors(split, position))
+
+
+def _batch_of(tensors: Sequence[torch.Tensor]) -> Batch:
+    images, targets, index, *maps = tensors
+    return Batch(images, targets, index, LabelMaps(maps[0], maps[1], maps[2], maps[3]) if maps else None)
 
 
 Tensors = tuple[torch.Tensor, ...]  # pictures, labels, positions, and where there are maps LabelMaps' four

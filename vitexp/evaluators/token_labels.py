@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitexp.data.batch_transforms import normalise
+from vitexp.data.batch_transforms import on_device
 from vitexp.data.geometry import WHOLE, seen_through
 from vitexp.data.images import Images
-from vitexp.data.loader import Split
+from vitexp.data.loader import Split, batch_at
 from vitexp.data.sampler import Position
 from vitexp.data.token_labels import crop_labels
 from vitexp.evaluators.classification import evaluation_mode
@@ -27,7 +27,7 @@ from vitexp.mixing import BatchStep, Box, cutmix
 from vitexp.plots import LabelledPicture, PlaceLabels
 from vitexp.seeding import derive_seed, uniforms
 from vitexp.token_mixing import mix_class_targets, mix_tokens, token_box
-from vitexp.types import Batch, LabelMaps
+from vitexp.types import Batch
 
 Grid = tuple[int, int]  # places down, places across
 
@@ -53,7 +53,7 @@ def labelled_pictures(
     `mix` is done to the batch as in training. Raises BadImage for a picture that cannot be read."""
     index = np.linspace(0, len(split) - 1, min(len(split), pictures)).round().astype(np.int64)
     position = Position(seed=seed, epoch=0, index=index)
-    batch = _batch(split, position, next(method.parameters()).device, mean=mean, std=std)
+    batch = on_device(batch_at(split, position), next(method.parameters()).device, mean=mean, std=std)
     own = batch.targets.tolist()
     if mix is not None:
         batch = mix(batch, num_classes=method.num_classes, seed=derive_seed(seed, 0))
@@ -78,20 +78,6 @@ def labelled_pictures(
             )
         )
     return rows
-
-
-def _batch(
-    split: Split, position: Position, device: torch.device, *, mean: Sequence[float], std: Sequence[float]
-) -> Batch:
-    """As training has it on its device, not yet mixed."""
-    pictures, targets, *maps = (torch.from_numpy(part) for part in split.fetch_with_maps(position))
-    values, numbers, boxes, mirrored = maps
-    return Batch(
-        normalise(pictures.to(device), mean, std),
-        targets.to(device),
-        torch.from_numpy(position.index),
-        LabelMaps(values.to(device), numbers.to(device), boxes, mirrored),
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,7 @@ class MaskedAutoencoding(Method):
         return [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        if self.probe is None:
+        if self.probe is None:  # as one call, which runtime.compile compiles
             return StepOutput(self.autoencoder(batch.images, everywhere=False).loss)
         order = self.autoencoder.order(batch.images)
         features = self.autoencoder.see(batch.images, order)
