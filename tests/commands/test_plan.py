@@ -224,7 +224,7 @@ def test_slots_are_the_tensors_that_the_optimizer_really_keeps(optimizer, slots:
 
 
 def test_the_last_store_given_counts_whichever_way_it_is_named():
-    from vitexp.commands.locate import take_uri
+    from vitexp.locate import take_uri
 
     given = ["uri=a", "train.epochs=3", "tracking.uri=b"]
     assert take_uri(given) == ("b", ["train.epochs=3"])

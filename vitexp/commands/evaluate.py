@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vitexp.checks import check_components
-from vitexp.commands.locate import locate, own_settings, take_uri
 from vitexp.config import RAW_NAME, RunConfig, compose_and_check
 from vitexp.errors import UserError
+from vitexp.locate import locate, own_settings, take_uri
 
 
 def main(arguments: list[str], config_dir: str | None) -> int:

@@ -12,12 +12,10 @@ a picture, <class>/<name>.pt."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,18 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vitexp.commands.locate import Located, locate, names_data, own_settings, take_uri
-from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check
+from vitexp.config import RunConfig, compose_and_check
 from vitexp.config_paths import config_groups
 from vitexp.errors import UserError, nearest
+from vitexp.locate import names_data, own_settings, take_uri
 from vitexp.models.checks import height_width, one_of
 from vitexp.run_folder import write_atomic
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vitexp.data.images import Images, Source
-    from vitexp.labeling import Maps, Teacher
+    from vitexp.labeling import Maps
 
 Size = tuple[int, int]  # height and width in pixels
 
@@ -44,7 +40,6 @@ KEYS = ("teacher", "from", "output", "k", "image_size", "batch_size", "split", "
 USAGE = "python -m vitexp label teacher=<run, timm:<name> or weights> data=<option> output=<store>"
 SPLITS = ("train", "val", "all")
 KEPT = 5  # classes a place: the official number
-TIMM = "timm:"
 
 
 def main(arguments: list[str], config_dir: str | None) -> int:
@@ -65,17 +60,15 @@ def label(
     given: dict[str, str], overrides: list[str], output: Path, *, uri: str | None, config_dir: str | None
 ) -> None:
     """Scores the pictures that the settings name with the teacher that `given` names. Raises UserError."""
-    from vitexp.labeling import check_dense, score
-    from vitexp.run import open_source
+    from vitexp import teachers
+    from vitexp.labeling import check_dense, head_of, score
+    from vitexp.run import model_arguments, open_source
     from vitexp.runtime import make_accelerator
 
     size, batch_size = _image_size(given.get("image_size")), _whole(given, "batch_size", 64)
     name, found = given["teacher"], None
-    if not name.startswith(TIMM) and not _is_bare(Path(name).expanduser()):
-        try:
-            found = locate(name, uri=uri, weights=given.get("weights"), needed=[RAW_NAME])
-        except UserError as error:  # it speaks of run=, as it is called elsewhere
-            raise UserError(str(error).replace(f"run={name}", f"teacher={name}")) from None
+    if not name.startswith(teachers.TIMM) and not teachers.is_bare(Path(name).expanduser()):
+        found = teachers.locate_teacher(name, uri=uri, weights=given.get("weights"))
     elif uri is not None:
         raise UserError(f"uri={uri}: says where teacher=mlflow:<run id> is; teacher={name} is none")
     # A teacher that learned from a share of its pictures scores all of them.
@@ -88,22 +81,23 @@ def label(
     accelerator = make_accelerator(precision=runtime.precision, device=runtime.device, threads=runtime.threads)
     try:
         if found is not None:
-            teacher = exported_teacher(name, found, source.classes, size)
-        elif name.startswith(TIMM):
-            teacher = timm_teacher(name, source.classes, size, weights=given.get("weights"))
+            teacher = teachers.exported_teacher(name, found, source.classes, size)
+        elif name.startswith(teachers.TIMM):
+            teacher = teachers.timm_teacher(name, source.classes, size, weights=given.get("weights"))
         else:
             if not any(text.startswith("model=") for text in overrides):
                 raise UserError(
                     f"teacher={name}: weights that no run of vitexp exported; say what model they are of, "
                     "such as model=timm model.name=resnet18"
                 )
-            teacher = bare_teacher(name, config, source.classes, size)
+            architecture = model_arguments(config, num_classes=len(source.classes))
+            teacher = teachers.bare_teacher(name, config, architecture, source.classes, size)
         teacher.model.to(accelerator.device).eval()
         grid = check_dense(teacher.model, teacher.image_size, channels=teacher.channels)
         if grid == (1, 1):
             pixels = "x".join(map(str, teacher.image_size))
             print(f"a picture of {pixels} is one place to this teacher; a larger image_size= makes it more")
-        head = teacher.head(classes=source.classes, k=k, grid=grid)
+        head = head_of(teacher, classes=source.classes, k=k, grid=grid)
         how = {"k": k, "batch_size": batch_size, "autocast": accelerator.autocast, "workers": config.train.workers}
         for split, place in splits.items():
             fill(place, head, source.splits()[split], partial(score, teacher, **how), name=split)
@@ -169,148 +163,6 @@ def fill(
     added = f", {len(lacking):,} of them now" if len(lacking) < len(pictures) else ""
     rate = f"{len(lacking) / took:,.0f} pictures/s" if lacking.size else "nothing left to score"
     print(f"{name}: {what}{added} ({rate}, {size / 1e6:,.1f} MB), in {folder}")
-
-
-# ---- teachers --------------------------------------------------------------------------------------------------------
-
-
-def exported_teacher(name: str, found: Located, classes: Sequence[str], size: Size | None) -> Teacher:
-    """The exported model of a run; a teacher that knows other classes, too, is asked of the data's alone."""
-    from vitexp.data.label_store import class_difference
-    from vitexp.export import sha256_of
-    from vitexp.labeling import Teacher
-    from vitexp.models.weights import load_weights
-    from vitexp.trained import load_run
-
-    trained = load_run(found.folder, weights=found.weights or "model.safetensors")
-    if not trained.classes:
-        raise UserError(f"teacher={name}: knows no classes, its stage was {trained.stage}; finetune it first")
-    if not set(classes) <= set(trained.classes):
-        raise UserError(
-            f"teacher={name}: was trained on other classes than the data has: "
-            f"{class_difference(trained.classes, classes)}"
-        )
-    shown = trained.preprocessing
-    own, model = (shown["image_size"][0], shown["image_size"][1]), trained.model
-    path = found.folder / (found.weights or "model.safetensors")
-    if size is not None and size != own:
-        model = build(_sized(trained.architecture, size))
-        load_weights(model, path, head="keep", grid=getattr(trained.model, "grid_size", None))
-    return Teacher(
-        model=model,
-        columns=[trained.classes.index(one) for one in classes],
-        image_size=size or own,
-        mean=shown["mean"],
-        std=shown["std"],
-        channels=shown["channels"],
-        interpolation=shown["interpolation"],
-        resizer=shown.get("resizer", "torch"),
-        facts={"name": name, "weights_sha256": sha256_of(path)},
-    )
-
-
-def timm_teacher(name: str, classes: Sequence[str], size: Size | None, *, weights: str | None) -> Teacher:
-    """A timm model with timm's weights, or those of a file, shown pictures as timm's description of it says."""
-    import timm
-
-    from vitexp.export import sha256_of
-    from vitexp.labeling import Teacher
-    from vitexp.models.timm_backbone import TimmBackbone
-    from vitexp.models.weights import load_weights
-
-    model_name = name.removeprefix(TIMM)
-    described = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name) else None
-    if described is None:
-        raise UserError(f"teacher={name}: timm has no such model.{nearest(model_name, timm.list_models())}")
-    size = size or (described.input_size[1], described.input_size[2])
-    if weights is not None:
-        model = TimmBackbone(model_name, image_size=size, num_classes=len(classes))
-        checksum = sha256_of(Path(load_weights(model, Path(weights).expanduser(), head="keep").path))
-    else:
-        learn = f"teach it: python -m vitexp model=timm model.name={model_name} data=…, and give teacher=<that run>"
-        if not described.has_weights:
-            raise UserError(f"teacher={name}: timm has no weights for it\n{learn}")
-        if described.num_classes != len(classes):
-            raise UserError(
-                f"teacher={name}: timm's weights know {described.num_classes:,} classes, the data has {len(classes):,}"
-                f"\n{learn}"
-            )
-        model = _downloaded(model_name, size, described.num_classes)
-        checksum = _checksum(model)
-    return Teacher(
-        model=model,
-        columns=range(len(classes)),
-        image_size=size,
-        mean=list(described.mean),
-        std=list(described.std),
-        channels=described.input_size[0],
-        interpolation="bilinear" if described.interpolation == "bilinear" else "bicubic",
-        resizer="torch",
-        facts={"name": name, "weights_sha256": checksum},
-    )
-
-
-def bare_teacher(name: str, config: RunConfig, classes: Sequence[str], size: Size | None) -> Teacher:
-    """Weights without a description, as the model and the preprocessing of the settings."""
-    from vitexp.export import sha256_of
-    from vitexp.labeling import Teacher
-    from vitexp.models.weights import load_weights
-    from vitexp.run import model_arguments
-
-    path = Path(name).expanduser()
-    architecture = model_arguments(config, num_classes=len(classes))
-    size = size or height_width("model.image_size", architecture["image_size"])
-    model = build(_sized(architecture, size))
-    load_weights(model, path, head="keep")
-    return Teacher(
-        model=model,
-        columns=range(len(classes)),
-        image_size=size,
-        mean=config.data["mean"],
-        std=config.data["std"],
-        channels=architecture.get("in_channels", 3),
-        **build(config.augment["eval"]).resized,  # interpolation and resizer
-        facts={"name": name, "weights_sha256": sha256_of(path)},
-    )
-
-
-def _is_bare(path: Path) -> bool:
-    """Whether it is a file of weights without vitexp's description beside it."""
-    return path.is_file() and not (path.suffix == ".safetensors" and path.with_suffix(".json").is_file())
-
-
-def _sized(architecture: Mapping[str, Any], size: Size) -> dict[str, Any]:
-    """The architecture for pictures of this size; its weights come from the teacher's file, not from elsewhere."""
-    sized = {**architecture, "image_size": list(size)}
-    return sized | ({"pretrained": False} if "pretrained" in sized else {})
-
-
-def _downloaded(name: str, size: Size, num_classes: int) -> nn.Module:
-    """The model with timm's weights, from the hub or its cache. Raises UserError where they cannot be had."""
-    from vitexp.models.timm_backbone import TimmBackbone
-
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # without a network it would tell of each of a dozen attempts
-    try:
-        return TimmBackbone(name, image_size=size, num_classes=num_classes, pretrained=True)
-    except Exception as error:  # what the hub's client raises differs from version to version
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    finally:
-        hub.setLevel(level)
-    if "LocalEntryNotFound" in said:
-        said = "the hub does not answer, and they are not in its cache"
-    raise UserError(
-        f"teacher={TIMM}{name}: timm's weights cannot be had: {said}\n"
-        "without a network give a file that holds them: weights=<file>"
-    )
-
-
-def _checksum(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---- what was given --------------------------------------------------------------------------------------------------

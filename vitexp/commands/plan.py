@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vitexp import plots
-from vitexp.commands.locate import locate, take_uri
 from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
 from vitexp.costs import (
     StateBytes,
@@ -32,6 +31,7 @@ from vitexp.data.memory import available_memory, cores
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.errors import UserError
 from vitexp.horizon import Horizon, plan_horizon, preview
+from vitexp.locate import locate, take_uri
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.probe import Speed, matrix_gflops, measure_speed

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitexp.commands.locate import locate
 from vitexp.errors import BadImage, UserError, nearest
+from vitexp.locate import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
