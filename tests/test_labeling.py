@@ -15,7 +15,6 @@ from vitexp.data.images import ArrayImages
 from vitexp.errors import UserError
 from vitexp.labeling import (
     Squash,
-    Teacher,
     check_dense,
     dense_scores,
     official_maps,
@@ -28,6 +27,7 @@ from vitexp.models.lvvit import LVViT
 from vitexp.models.mae import MaskedAutoencoder
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.vit import VisionTransformer
+from vitexp.teachers import Teacher
 
 SMALL_VIT = {"image_size": [32, 48], "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 7}
 SMALL_SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}

@@ -16,9 +16,8 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from vitexp.errors import UserError
 from vitexp.models.lvvit import LVViT
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.vit import VisionTransformer
+from vitexp.teachers import Teacher
 
 Grid = tuple[int, int]  # places down, places across
 Maps = tuple[np.ndarray, np.ndarray]  # float16 values and int32 class numbers, both (b, k, h, w)
@@ -45,34 +45,21 @@ _SAME = 1e-3  # of the largest logit: how far two ways of computing it may be ap
 _STIRRED = 3.0  # times a parameter's spread: what is added to it at random
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A classifier and what it is shown."""
-
-    model: nn.Module
-    columns: Sequence[int]  # of its logits, those of the data's classes, in their order
-    image_size: tuple[int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    channels: int
-    interpolation: Interpolation
-    resizer: Resizer
-    facts: Mapping[str, Any]  # name, weights_sha256
-
-    def head(self, *, classes: Sequence[str], k: int, grid: Grid) -> dict[str, Any]:
-        """How its maps are made, as a store's head says it."""
-        shown = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation, "resizer": self.resizer}
-        return {
-            "teacher": dict(self.facts),
-            "image_size": list(self.image_size),
-            "preprocessing": {**shown, "channels": self.channels},
-            "crop": "whole",
-            "k": k,
-            "classes": list(classes),
-            "grid": list(grid),
-            # A class that a cell does not name has this logit, after that was taken off all logits of the cell.
-            "missing": {"logit": 0.0, "taken_off": "mean of the cell's other logits"},
-        }
+def head_of(teacher: Teacher, *, classes: Sequence[str], k: int, grid: Grid) -> dict[str, Any]:
+    """How a teacher's maps are made, as a store's head says it."""
+    shown = {"mean": teacher.mean, "std": teacher.std}
+    shown |= {"interpolation": teacher.interpolation, "resizer": teacher.resizer, "channels": teacher.channels}
+    return {
+        "teacher": dict(teacher.facts),
+        "image_size": list(teacher.image_size),
+        "preprocessing": shown,
+        "crop": "whole",
+        "k": k,
+        "classes": list(classes),
+        "grid": list(grid),
+        # A class that a cell does not name has this logit, after that was taken off all logits of the cell.
+        "missing": {"logit": 0.0, "taken_off": "mean of the cell's other logits"},
+    }
 
 
 # ---- a teacher's scores ----------------------------------------------------------------------------------------------
