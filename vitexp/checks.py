@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitexp.errors import UserError, nearest
+from vitexp.models.weights_hub import is_hub_name
 
 # Where components may come from. Of other packages only classes that are optimizers or modules: functions there load
 # pickles, write files and start processes.
@@ -126,6 +127,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "data.cache": ("auto", "memory", "none"),
 }
 NO_DECAY_SETS = ("default", "none", "mae_pretrain", "mae_finetune", "deit", "big_vision", "timm")
+IN_MLFLOW = ("mlflow:", "runs:/")  # a run there; it is looked up when it is needed
 PATHS = ("run", "init_from", "data.root", "data.train", "data.val")
 
 
@@ -168,7 +170,8 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
     for key in PATHS:
         value = _select(config, key)
         if isinstance(value, str):
-            _check_path(key, value)
+            if key != "init_from" or not (value.startswith(IN_MLFLOW) or is_hub_name(value)):
+                _check_path(key, value)
         elif isinstance(value, list):
             for one in value:
                 _check_path(key, one)

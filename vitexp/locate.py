@@ -1,5 +1,5 @@
 """What `run=` names, the same in every command: a run folder, weights it exported, or a run in MLflow; and its settings
-where they serve, too."""
+where they serve, too. `init_from=` names weights of other codes and of hubs besides."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ def locate(run: str, *, uri: str | None = None, weights: str | None = None, need
     beside = place.parent.iterdir() if place.parent.is_dir() else ()
     siblings = [path.name for path in beside if path.is_dir() or path.suffix == ".safetensors"]
     raise UserError(f"run={run}: there is no such run.{nearest(place.name, siblings)}")
+
+
+def weights_to_start_from(name: str, *, uri: str | None) -> str:
+    """What load_weights takes: `name` itself, or the weights of mlflow:<run id>, fetched from the tracking store `uri`.
+
+    Raises UserError."""
+    from vitexp import tracking
+
+    if tracking.run_id_of(name) is None:
+        return name
+    try:
+        found = locate(name, uri=uri)
+    except UserError as error:  # it speaks of run= and uri=, as they are called elsewhere
+        said = str(error).replace("run=", "init_from=", 1).replace("give uri=", "give tracking.uri=")
+        raise UserError(said) from None
+    return str(found.folder / (found.weights or "model.safetensors"))
 
 
 def own_settings(found: Located, overrides: list[str], config_dir: str | None) -> RunConfig | None:

@@ -19,6 +19,7 @@ from vitexp.data.images import Source, keep_classes, keep_share
 from vitexp.data.label_store import LabelStore, open_store
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
+from vitexp.locate import weights_to_start_from
 from vitexp.mixing import BatchStep
 from vitexp.models.freeze import freeze
 from vitexp.models.weights import load_weights
@@ -125,7 +126,8 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     stage, fresh = config.stage, ()
     if config.init_from is not None:
         into = backbone if method.whole is None else method.whole
-        loaded = load_weights(into, Path(config.init_from), head=stage.head, position_mode=stage.position_mode)
+        start = weights_to_start_from(config.init_from, uri=config.tracking.get("uri"))
+        loaded = load_weights(into, start, head=stage.head, position_mode=stage.position_mode)
         notes.append(str(loaded))
         fresh = loaded.missing
         if loaded.head == "fresh":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _MARK = "embeddings.patch_embeddings.projection.weight"
-_TOP = {
+_TOP = {  # in files; within a program the names differ from version to version
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -25,8 +25,8 @@ _TOP = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
-_BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)")
-_BLOCKS = {"encoder.layer": "blocks", "decoder.decoder_layers": "decoder_blocks"}
+# The hub's files have decoder_layers, what transformers 5 writes decoder_encoder.layer.
+_BLOCK = re.compile(r"(encoder\.layer|decoder\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)")
 _PARTS = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
@@ -51,7 +51,7 @@ def transformers_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if block is None:
             out[_renamed(key, _TOP)] = tensor
             continue
-        stem, leaf = f"{_BLOCKS[block[1]]}.{block[2]}.", block[3]
+        stem, leaf = f"{'decoder_' if block[1].startswith('decoder') else ''}blocks.{block[2]}.", block[3]
         part, _, kind = leaf.rpartition(".")
         three = [state.get(key.replace(leaf, f"{one}.{kind}")) for one in (_QUERY, _KEY, _VALUE)]
         if part not in (_QUERY, _KEY, _VALUE) or any(one is None for one in three):
