@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
+    "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -34,6 +35,7 @@ EXAMPLES = (
     ("python -m vitexp pipeline=mae", "pretrain without labels, k-NN, linear probe, finetune, from scratch, report"),
     ("python -m vitexp data=folder data.root=pictures model=vit_tiny", "your own pictures, one folder a class"),
     ("python -m vitexp predict run=outputs/… input=photos output=photos.csv", "a row a picture, by a finished run"),
+    ("python -m vitexp export run=outputs/… format=onnx", "the trained model for other tools, with a model card"),
     ("python -m vitexp label teacher=outputs/… output=maps", "what a run sees at each place of its pictures"),
     ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
 )
