@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,15 +55,20 @@ def hub_file(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    repository, answers = name.removeprefix(HF), True
+    failure: UserError | None = None
     for file in FILES:
+        get = partial(hf_hub_download, repository, file, local_files_only=not answers)
         try:
-            return Path(ask_hub(name, lambda file=file: hf_hub_download(name.removeprefix(HF), file)))
+            return Path(ask_hub(name, get))
         except UserError as error:
-            # Without an answer every file is asked for, since any of them may be in the cache.
-            absent = isinstance(error.__cause__, RemoteEntryNotFoundError | LocalEntryNotFoundError)
-            if not absent or file == FILES[-1]:
+            failure = error
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                answers = False  # the other file may be in the cache, and asking again would take as long again
+            elif not isinstance(error.__cause__, RemoteEntryNotFoundError):
                 raise
-    raise AssertionError("the last file returns or raises")
+    assert failure is not None
+    raise failure
 
 
 def ask_hub(name: str, get: Callable[[], Fetched]) -> Fetched:
