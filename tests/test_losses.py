@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vitexp.errors import UserError
 from vitexp.losses import (
+    binary_loss,
     classification_loss,
     distillation_loss,
     soft_target_loss,
@@ -158,5 +160,20 @@ def test_a_teacher_learns_nothing_and_half_precision_is_weighed_in_single(form: 
 
 
 def test_an_unknown_form_of_distillation_is_named() -> None:
-    with pytest.raises(UserError, match=r"distillation 'sofft': one of hard, soft, soft_deit.*'soft'"):
+    with pytest.raises(UserError, match=r"form=sofft is not one of hard, soft, soft_deit.*'soft'"):
         distillation_loss(DEIT["student_kd"], DEIT["teacher"], form="sofft")
+
+
+def test_each_class_is_a_question_of_its_own_for_the_binary_loss() -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixed = torch.tensor([[0.7, 0, 0, 0.3, 0], [0, 1, 0, 0, 0], [0, 0, 0.001, 0, 0.999], [0, 0, 0, 1, 0]])
+    wanted = 0.0
+    for row in range(4):
+        for k in range(5):
+            chance = float(logits[row, k].sigmoid())
+            wanted -= math.log(chance if mixed[row, k] > 0 else 1 - chance) / 20
+    assert float(binary_loss(logits, mixed)) == pytest.approx(wanted, rel=1e-6)
+    numbers = torch.tensor([3, 1, 2, 0])
+    assert float(classification_loss(logits, numbers, objective="binary")) == pytest.approx(
+        float(binary_loss(logits, F.one_hot(numbers, 5).float())), rel=1e-7
+    )

@@ -250,6 +250,30 @@ def test_label_maps_pass_on_and_another_teacher_makes_others(
     assert len(list((folder / "label" / "previous").iterdir())) == 3, "the former maps are set aside"
 
 
+def test_a_teacher_passes_on_and_another_one_teaches_anew(
+    tmp_path: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    command = ["pipeline=distillation", "train.epochs=1", "teacher.model.image_size=32", f"output_dir={folder}"]
+    command += [f"{stage}.{key}" for stage in ("distilled", "plain") for key in ("model.depth=1", "model.embed_dim=32")]
+    command += ["runtime.precision=fp32", *COMMON]
+    assert pipeline.main(command, None) == 0
+    assert here == ["teacher", "distilled", "plain"]
+    found = json.loads((folder / "report.json").read_text())
+    assert [stage["teacher"] for stage in found["stages"]] == [None, "teacher", None]
+    assert set(found["points_over"]["plain"]) == {"teacher", "distilled"}
+    summary = json.loads((folder / "distilled" / "summary.json").read_text())
+    assert summary["teacher"] == f"{folder / 'teacher'} {weights_of(folder / 'teacher')[:12]}"
+    for change, anew in (([], []), (["teacher.train.max_steps=2"], ["teacher", "distilled"]), ([], [])):
+        command += change
+        here.clear()
+        assert pipeline.main(command, None) == 0
+        assert here == anew
+    one, other = (stage.config(folder, None) for stage in pipeline.plan(command, None).stages[1:])
+    unlike = {key for key, value in leaves(one.resolved) if dict(leaves(other.resolved)).get(key) != value}
+    assert unlike <= {"choices.method", "output_dir"} | {f"method.{key}" for key in one.resolved["method"]}
+
+
 def test_a_finished_run_stands_in_for_a_stage(
     tmp_path: Path, here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,7 +613,7 @@ SHIPPED = [f"pipeline={name}" for name in config_groups()["pipeline"] if name !=
 def test_a_shipped_pipeline_composes_stage_by_stage(option: str) -> None:
     stages = stages_of([option])
     assert len(stages) > 2
-    assert any(stage.parent for stage in pipeline.plan([option], None).stages)
+    assert any(stage.parent or stage.teacher for stage in pipeline.plan([option], None).stages)
     for name, one in stages.items():
         assert Path(one.output_dir) == Path("here") / name
         assert one.group == "here"

@@ -78,6 +78,7 @@ RANGES: dict[str, Allowed] = {
     "train.epochs": Allowed(0, above=True, none=True),
     "train.max_steps": COUNT_OR_NULL,
     "train.fraction": Allowed(0, 1, above=True),
+    "train.repeats": COUNT,
     "train.batch_size": COUNT,
     "train.accumulate": COUNT,
     "train.clip_norm": RATE,
@@ -116,6 +117,8 @@ RANGES: dict[str, Allowed] = {
     "method.label_smoothing": FRACTION,
     "method.cls_weight": Allowed(0),
     "method.token_weight": Allowed(0),
+    "method.alpha": FRACTION,
+    "method.temperature": Allowed(0, above=True),
 }
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "resume": ("auto", "must", "never"),
@@ -233,7 +236,8 @@ def check_model_shape(model: dict[str, Any]) -> None:
         )
 
 
-TOKEN_LABELING, MIX, ROLLED = (
+DISTILLATION, TOKEN_LABELING, MIX, ROLLED = (
+    "vitexp.methods.distillation.Distillation",
     "vitexp.methods.token_labeling.TokenLabeling",
     "vitexp.mixing.Mix",
     "vitexp.mixing.RolledMixup",
@@ -262,6 +266,13 @@ def check_token_labels(config: dict[str, Any]) -> None:
                 f"{key}: token labels are mixed with one share a batch: vitexp.mixing.Mix with mode=batch "
                 "(augment.mix_mode), or no mixing (augment.batch=null)"
             )
+
+
+def check_teacher(config: dict[str, Any]) -> None:
+    """Raises UserError for a method that learns from a teacher and has none; the teacher itself is not read."""
+    own = _select(config, "method._target_") == DISTILLATION
+    if own and _select(config, "method.teacher") is None and config["stage"]["trains"]:
+        raise UserError("method=distillation: needs method.teacher=<run folder, weights it exported, or timm:<name>>")
 
 
 def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:

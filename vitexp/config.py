@@ -46,6 +46,7 @@ class TrainConfig:
     fraction: float = 1.0
     classes: list[str] | None = None
     token_labels: str | None = None
+    repeats: int = 1
     batch_size: int = 64
     accumulate: int = 1
     clip_norm: float | None = None
@@ -252,6 +253,7 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
     checks.check_model_shape(resolved["model"])
     checks.check_components(resolved, raw)
     checks.check_token_labels(resolved)
+    checks.check_teacher(resolved)
     if resolved["train"]["epochs"] is None and resolved["train"]["max_steps"] is None:
         raise UserError("train.epochs=null train.max_steps=null: give one of them, else the run has no end")
     if resolved["stage"]["needs_init"] and not resolved["init_from"]:

@@ -54,13 +54,16 @@ class StateBytes:
     gradients: int
     optimizer: int
     average: int = 0  # the EMA's copy of the parameters
+    teacher: int = 0  # weights of a model beside it that only answers
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average
+        return self.weights + self.gradients + self.optimizer + self.average + self.teacher
 
 
-def state_bytes(model: nn.Module, *, optimizer_slots: int, averaged: bool = False) -> StateBytes:
+def state_bytes(
+    model: nn.Module, *, optimizer_slots: int, averaged: bool = False, teacher: nn.Module | None = None
+) -> StateBytes:
     """Bytes of weights, gradients and optimizer state; activations come on top and depend on the batch.
 
     optimizer_slots: tensors the optimizer keeps for every weight, 2 for Adam and AdamW, 1 for SGD with momentum,
@@ -69,13 +72,18 @@ def state_bytes(model: nn.Module, *, optimizer_slots: int, averaged: bool = Fals
     def size(tensors: Sequence[nn.Parameter]) -> int:
         return FLOAT32_BYTES * sum(tensor.numel() for tensor in tensors)
 
+    def weights(module: nn.Module) -> int:
+        buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        return size(list(module.parameters())) + buffers
+
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return StateBytes(
-        weights=size(parameters) + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        weights=weights(model),
         gradients=size(trained),
         optimizer=optimizer_slots * size(trained),
         average=size(parameters) if averaged else 0,
+        teacher=0 if teacher is None else weights(teacher),
     )
 
 

@@ -11,13 +11,40 @@ from torch import Tensor
 from vitexp.errors import UserError, nearest
 
 Distillation = Literal["hard", "soft", "soft_deit"]
+Objective = Literal["cross_entropy", "binary"]
 
 
-def classification_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def classification_loss(
+    logits: Tensor, targets: Tensor, *, objective: Objective = "cross_entropy", label_smoothing: float = 0.0
+) -> Tensor:
     """Mean cross entropy of logits (b, k) with class numbers (b,) or probabilities (b, k), in float32.
 
-    Smoothing spreads its share evenly over all k classes, the right one included (torch's and timm's convention)."""
+    Smoothing spreads its share evenly over all k classes, the right one included (torch's and timm's convention).
+    binary: see binary_loss, which knows no smoothing: it would make every class a right one."""
+    if objective == "binary":
+        return binary_loss(logits, targets)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+def binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over batch and classes of the binary cross entropy, in float32: each class is a question of its own.
+
+    Every class with a share in a picture is right there, however small: of two mixed pictures both (DeiT III,
+    arXiv:2204.07118; Wightman et al. 2021, arXiv:2110.00476). Targets as those of classification_loss."""
+    logits = logits.float()
+    right = F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets > 0
+    return F.binary_cross_entropy_with_logits(logits, right.to(logits))
+
+
+def check_objective(objective: str, *, label_smoothing: float) -> None:
+    """Raises UserError for one that is not there, or that the smoothing would spoil."""
+    if objective not in get_args(Objective):
+        known = get_args(Objective)
+        raise UserError(f"method.loss={objective} is not one of {', '.join(known)}.{nearest(objective, known)}")
+    if objective == "binary" and label_smoothing:
+        raise UserError(
+            f"method.loss=binary: with method.label_smoothing={label_smoothing} every class would be right; set it to 0"
+        )
 
 
 def soft_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -63,9 +90,14 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, form: Distillation, te
     logits, teacher = logits.float(), teacher.detach().float()
     if form == "hard":
         return F.cross_entropy(logits, teacher.argmax(dim=1))
-    if form not in get_args(Distillation):
-        forms = get_args(Distillation)
-        raise UserError(f"distillation {form!r}: one of {', '.join(forms)} is needed.{nearest(str(form), forms)}")
+    check_form(form)
     student, wanted = (F.log_softmax(part / temperature, dim=1) for part in (logits, teacher))
     divergence = F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
     return divergence / logits.shape[1] if form == "soft_deit" else divergence
+
+
+def check_form(form: str) -> None:
+    """Raises UserError for a form of distillation that is not there."""
+    forms = get_args(Distillation)
+    if form not in forms:
+        raise UserError(f"method.form={form} is not one of {', '.join(forms)}.{nearest(str(form), forms)}")

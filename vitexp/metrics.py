@@ -171,3 +171,13 @@ class ClassificationMeter:
 
 def _ratio(total: float, count: int) -> float:
     return total / count if count else float("nan")
+
+
+def class_of(targets: Tensor) -> Tensor:
+    """(b,) the class of each picture, of targets (b, k) that are mixed the one with the largest share."""
+    return targets if targets.ndim == 1 else targets.argmax(1)
+
+
+def batch_top1(logits: Tensor, classes: Tensor) -> Tensor:
+    """Scalar: the share of logits (b, k) that are largest at their class (b,), for the log of training."""
+    return (logits.detach().argmax(1) == classes).float().mean()

@@ -1,9 +1,10 @@
 """`python -m vitexp pipeline=mae`: stages one after another, each a run of its own, and a report that compares them.
 
 A pipeline is a YAML file: the stages' names in order, and under each the settings one would type for it. Besides them
-`parent` names the stage whose weights it starts from, and `token_labels` the one whose label maps it learns from. Such
-a stage is no run but the command `label` (`command: label`): its `parent` is the teacher, unless it says teacher=…, and
-its settings are that command's. `baseline` names the stage with which the report compares the others.
+`parent` names the stage whose weights it starts from, `teacher` the one whose word method=distillation teaches, and
+`token_labels` the one whose label maps it learns from. Such a stage is no run but the command `label`
+(`command: label`): its `parent` is the teacher, unless it says teacher=…, and its settings are that command's.
+`baseline` names the stage with which the report compares the others.
 
 What a person types goes to every stage and wins over the file; `finetune.train.epochs=5` goes to one stage, and
 `finetune.run=<folder>` takes a finished run in its place. Labeling hears only of data and devices unless it is named.
@@ -48,6 +49,7 @@ class Stage:
     name: str
     overrides: tuple[str, ...]
     parent: Stage | None = None  # whose weights it starts from
+    teacher: Stage | None = None  # whose word it learns
     token_labels: LabelStage | None = None  # whose maps it learns from
     run: Path | None = None  # a finished one that stands in its place
 
@@ -60,6 +62,8 @@ class Stage:
         place = [f"output_dir={quoted(str(self.place(folder)))}", f"group={quoted(folder.name)}"]
         if self.parent is not None:
             place.append("init_from='.'")  # one that is there, for the checks
+        if self.teacher is not None:
+            place.append(f"method.teacher={quoted(str(self.teacher.place(folder)))}")
         if self.token_labels is not None:
             place.append(f"train.token_labels={quoted(str(self.token_labels.training_store(folder)))}")
         try:
@@ -80,6 +84,9 @@ class Stage:
         if self.parent is not None:
             del made_of["init_from"]  # the place of weights that their checksum tells better
             made_of |= _weights_of(self.parent, folder)
+        if self.teacher is not None:
+            del made_of["method.teacher"]
+            made_of |= _weights_of(self.teacher, folder)
         if self.token_labels is not None:
             del made_of["train.token_labels"]
             store = open_store(self.token_labels.training_store(folder))
@@ -183,6 +190,7 @@ def main(overrides: list[str], config_dir: str | None) -> int:
                 name=stage.name,
                 folder=stage.place(folder),
                 parent=_name_of(stage.parent),
+                teacher=_name_of(stage.teacher),
                 token_labels=_name_of(stage.token_labels),
                 store=stage.training_store(folder) if isinstance(stage, LabelStage) else None,
             )
@@ -224,15 +232,18 @@ def plan(overrides: list[str], config_dir: str | None) -> Pipeline:
 def training_stage(
     name: str, given: Mapping[str, Any], *, common: list[str], own: list[str], earlier: Mapping[str, Stage]
 ) -> Stage:
-    links, settings, typed = _split(given, own, ("command", "parent", "token_labels", "run"))
-    parent, labels = (_earlier(name, key, links, earlier) for key in ("parent", "token_labels"))
-    if isinstance(parent, LabelStage):
-        raise UserError(f"pipeline.stages.{name}.parent={parent.name}: labels pictures, so there are no weights of it")
+    links, settings, typed = _split(given, own, ("command", "parent", "teacher", "token_labels", "run"))
+    parent, teacher, labels = (_earlier(name, key, links, earlier) for key in ("parent", "teacher", "token_labels"))
+    for key, other in (("parent", parent), ("teacher", teacher)):
+        if isinstance(other, LabelStage):
+            raise UserError(
+                f"pipeline.stages.{name}.{key}={other.name}: labels pictures, so there are no weights of it"
+            )
     if labels is not None and not isinstance(labels, LabelStage):
         raise UserError(f"pipeline.stages.{name}.token_labels={labels.name}: is no stage with command: label")
     if links.get("run") is not None:
         return Stage(name, (), run=_finished_run(name, str(links["run"]), typed))
-    return Stage(name, _last_words(settings, common, typed), parent, labels)
+    return Stage(name, _last_words(settings, common, typed), parent, teacher, labels)
 
 
 def label_stage(

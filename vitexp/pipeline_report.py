@@ -37,6 +37,7 @@ class Part:
     name: str
     folder: Path
     parent: str | None  # whose weights
+    teacher: str | None  # whose word
     token_labels: str | None  # whose label maps
     store: Path | None  # of its own label maps, where it made some
 
@@ -49,6 +50,7 @@ class StageResult:
     folder: Path
     kind: str  # of stage and method
     parent: str | None
+    teacher: str | None
     token_labels: str | None
     pictures: str  # of the training split: "all", "10 %", or "none" where nothing was trained
     epochs: float | None  # None for a stage that is no run
@@ -100,6 +102,7 @@ def read_run(part: Part) -> StageResult:
         folder=part.folder,
         kind=f"{config['stage']['name']}, {config['choices']['method']}" if trained else config["stage"]["name"],
         parent=part.parent,
+        teacher=part.teacher,
         token_labels=part.token_labels,
         pictures=("all" if share == 1 else f"{100 * share:g} %") if trained else "none",
         epochs=summary["epoch"],
@@ -126,6 +129,7 @@ def read_labeling(part: Part, store: Path) -> StageResult:
         folder=part.folder,
         kind="label",
         parent=part.parent or found.head["teacher"].get("name"),
+        teacher=None,
         token_labels=None,
         pictures=f"{pictures:,}",
         epochs=None,
@@ -190,7 +194,7 @@ def table(results: list[StageResult], *, baseline: StageResult | None) -> list[t
             (
                 result.name,
                 result.kind,
-                (result.parent or "random weights") + (f", {result.token_labels}" if result.token_labels else ""),
+                ", ".join(filter(None, [result.parent or "random weights", result.teacher, result.token_labels])),
                 result.pictures,
                 _accuracy(result),
                 *([] if baseline is None else ["" if points is None else f"{points:+.2f}"]),

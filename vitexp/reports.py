@@ -444,6 +444,7 @@ def facts_of(
         "processes": processes,
         "threads": torch.get_num_threads(),
         **({} if run.token_labels is None else {"token_labels": run.token_labels.fingerprint()}),
+        **({} if run.teacher is None else {"teacher": f"{run.teacher.name} {run.teacher.weights_sha256[:12]}"}),
     }
 
 

@@ -25,6 +25,7 @@ from vitexp.models.freeze import freeze
 from vitexp.models.weights import load_weights
 from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
+from vitexp.teachers import Onlooker, open_teacher
 from vitexp.types import Evaluator, Method
 
 
@@ -47,6 +48,7 @@ class Run:
     architecture: dict[str, Any]  # the model's `_target_` and arguments, num_classes included: rebuilds it anywhere
     preprocessing: dict[str, Any]  # what evaluation does to a picture
     token_labels: LabelStore | None = None  # of the training pictures
+    teacher: Onlooker | None = None  # whose word the method teaches
     notes: list[str] = field(default_factory=list)  # choices made on the way that a person should know
 
     @property
@@ -61,9 +63,12 @@ class Run:
 
     def digests(self) -> dict[str, np.ndarray]:
         """What training reads, for data.images.changes to tell whether a later start finds the same."""
-        if self.token_labels is None:
-            return self.source.digests()
-        return self.source.digests() | {"token labels": np.array([int(self.token_labels.fingerprint(), 16)])}
+        digests = self.source.digests()
+        if self.token_labels is not None:
+            digests["token labels"] = np.array([int(self.token_labels.fingerprint(), 16)])
+        if self.teacher is not None:
+            digests["teacher"] = np.array([int(self.teacher.weights_sha256[:12], 16)])
+        return digests
 
     def gflops(self) -> float:
         """10^9 floating point operations of one picture's forward, a multiplication and an addition counted apart."""
@@ -79,6 +84,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     labelled = config.train.token_labels if for_training else None
     store = None if labelled is None else open_store(Path(labelled).expanduser())
     source = open_source(config)
+    teacher = choose_teacher(config, source) if for_training else None
     evaluators, evaluator_notes = choose_evaluators(config, source)
     cache, ranks = config.data["cache"], config.runtime.processes
     shown = os.environ.get("RANK", "0") == "0"
@@ -105,6 +111,10 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         raise UserError(
             "method.label_smoothing={}, augment.label_smoothing={}: both smooth; set one to 0".format(*smoothing)
         )
+    if mix is not None and smoothing[1] and config.method.get("loss") == "binary":
+        raise UserError(
+            f"method.loss=binary: with augment.label_smoothing={smoothing[1]} every class would be right; set it to 0"
+        )
 
     seed_everything(config.seed)
     architecture = model_arguments(config, num_classes=len(source.classes))
@@ -112,7 +122,9 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
     notes = [*source.notices, *evaluator_notes, train_data.note, *([val_data.note] if val_data is not None else [])]
     if store is not None:
         notes.append(f"{_described(store)} ({labelled}, {store.fingerprint()})")
-    method: Method = build(config.method, backbone=backbone)
+    if teacher is not None:
+        notes.append(f"taught by {teacher.name}, {teacher.model_name} at {teacher.image_size[0]} pixels")
+    method = build_method(config, backbone, teacher)
     # A method may have taken the head off.
     architecture["num_classes"] = getattr(backbone, "num_classes", architecture["num_classes"])
     readers = [name for name, evaluator in evaluators.items() if evaluator.reads_logits]
@@ -146,6 +158,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         schedule=build(config.schedule),
         evaluators=evaluators,
         token_labels=store,
+        teacher=teacher,
         make_mirror=build(config.tracking),
         architecture=architecture,
         preprocessing={
@@ -158,6 +171,24 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
         },
         notes=notes,
     )
+
+
+def build_method(config: RunConfig, backbone: nn.Module, teacher: nn.Module | None) -> Method:
+    """The method around a backbone; one that learns from a teacher evaluates without."""
+    given = {"teacher": teacher} if "teacher" in config.method else {}
+    return build(config.method, backbone=backbone, **given)
+
+
+def choose_teacher(config: RunConfig, source: Source) -> Onlooker | None:
+    """The teacher that the method names, None where it names none or nothing is to be learned. Raises UserError."""
+    name = config.method.get("teacher")
+    if name is None or not config.stage.trains:
+        return None
+    try:
+        teacher = open_teacher(str(name), source.classes, uri=config.tracking.get("uri"))
+        return Onlooker(teacher, mean=config.data["mean"], std=config.data["std"])
+    except UserError as error:
+        raise UserError(str(error).replace(f"teacher={name}", f"method.teacher={name}")) from None
 
 
 def choose_evaluators(config: RunConfig, source: Source) -> tuple[dict[str, Evaluator], list[str]]:

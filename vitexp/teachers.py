@@ -63,6 +63,7 @@ class Onlooker(nn.Module):
             raise UserError(
                 f"teacher={teacher.facts['name']}: sees {teacher.channels} channels, the pictures have {len(mean)}"
             )
+        self.name, self.weights_sha256 = str(teacher.facts["name"]), str(teacher.facts["weights_sha256"])
         self.model = teacher.model.eval().requires_grad_(False)
         self.image_size, self.channels = teacher.image_size, teacher.channels
         self.interpolation = teacher.interpolation
@@ -73,6 +74,10 @@ class Onlooker(nn.Module):
         self.register_buffer("shift", None if same else ((its[0] - its[2]) / its[3]).float())
         everything = list(teacher.columns) == list(range(getattr(teacher.model, "num_classes", -1)))
         self.register_buffer("columns", None if everything else torch.tensor(teacher.columns))
+
+    @property
+    def model_name(self) -> str:
+        return getattr(self.model, "name", type(self.model).__name__)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

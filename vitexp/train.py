@@ -127,11 +127,12 @@ def fit(
     world, rank, first = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
 
     # ---- How long: which micro-batches make each update -------------------------------------------------------------
-    batch_size = effective_batch_size(len(run.train_data), settings.batch_size, world)
+    count, repeats = len(run.train_data), settings.repeats
+    batch_size = effective_batch_size(count, settings.batch_size, world, repeats=repeats)
     if batch_size < settings.batch_size:
         run.notes.append(f"train.batch_size={settings.batch_size} is more than there is: batches hold {batch_size}")
     horizon = plan_horizon(
-        micro_batches_per_epoch(len(run.train_data), batch_size, world),
+        micro_batches_per_epoch(count, batch_size, world, repeats=repeats),
         accumulate=settings.accumulate,
         epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -200,6 +201,7 @@ def fit(
         rank=rank,
         world=world,
         workers=settings.workers,
+        repeats=repeats,
     )
     status = "FAILED"
     try:

@@ -334,3 +334,14 @@ def test_fake_data_of_any_size_is_ready_at_once() -> None:
         train_batches(open_split(source.train, PadCropFlip(224), cache="none"), batch_size=2, seed=0, workers=0)
     )
     assert batch.images.shape == (2, 3, 224, 224)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeated_pictures_come_with_views_of_their_own(workers: int) -> None:
+    split = open_split(made_up(size=(16, 16)), PadCropFlip(16), cache="memory")
+    first = some(train_batches(split, batch_size=9, seed=0, repeats=3, workers=workers), 1)[0]
+    assert first.index.tolist() == first.index[::3].repeat_interleave(3).tolist()
+    for begin in range(0, 9, 3):
+        views = first.images[begin : begin + 3]
+        assert not torch.equal(views[0], views[1])
+        assert not torch.equal(views[1], views[2])

@@ -35,10 +35,11 @@ from vitexp.locate import locate, take_uri
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.probe import Speed, matrix_gflops, measure_speed
-from vitexp.run import choose_evaluators, model_arguments, open_source
+from vitexp.run import build_method, choose_evaluators, choose_teacher, model_arguments, open_source
 from vitexp.runtime import make_accelerator
 from vitexp.schedules import Schedule
 from vitexp.seeding import derive_seed
+from vitexp.teachers import Onlooker
 from vitexp.trained import load_run
 from vitexp.types import Batch, LabelMaps, Method, Progress
 
@@ -97,6 +98,7 @@ class Planned:
     config: RunConfig
     architecture: dict[str, Any]
     method: Method
+    teacher: Onlooker | None
     image_size: tuple[int, int]
     num_train: int
     horizon: Horizon
@@ -142,6 +144,7 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
             planned.method,
             optimizer_slots=slots_of(build(config.optim["optimizer"]), weight_decay=config.optim["weight_decay"]),
             averaged=settings.ema_decay is not None,
+            teacher=planned.teacher,
         )
         activations = activation_bytes(
             planned.method.countable(),
@@ -151,6 +154,8 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
         )
         # Two pictures: batch norm refuses one where nothing else is left to average over.
         each = training_gflops(planned.method.countable(), lambda device: planned.inputs(device, pictures=2)) / 2
+        if planned.teacher is not None:
+            each += forward_gflops(planned.teacher.model, planned.teacher.image_size, planned.teacher.channels)
         horizon, seen = planned.horizon, pictures_of(planned)
         _show("options", " ".join(f"{group}={option}" for group, option in config.choices.items()))
         model = planned.model_with_classes(planned.num_classes)
@@ -182,18 +187,21 @@ def prepare(config: RunConfig) -> Planned:
     if "pretrained" in architecture:
         architecture["pretrained"] = False  # nothing is downloaded: of weights only the number matters
     settings, processes = config.train, config.runtime.processes
-    batch_size = effective_batch_size(len(source.train), settings.batch_size, processes)
+    teacher = choose_teacher(config, source)
+    count, repeats = len(source.train), settings.repeats
+    batch_size = effective_batch_size(count, settings.batch_size, processes, repeats=repeats)
     size = architecture["image_size"]
     with torch.device("meta"):
-        method = build_method(config, architecture)
+        method = method_of(config, architecture, teacher)
     return Planned(
         config=config,
         architecture=architecture,
         method=method,
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-        num_train=len(source.train),
+        teacher=teacher,
+        num_train=count,
         horizon=plan_horizon(
-            micro_batches_per_epoch(len(source.train), batch_size, processes),
+            micro_batches_per_epoch(count, batch_size, processes, repeats=repeats),
             accumulate=settings.accumulate,
             epochs=settings.epochs,
             max_steps=settings.max_steps,
@@ -207,10 +215,10 @@ def prepare(config: RunConfig) -> Planned:
     )
 
 
-def build_method(config: RunConfig, architecture: dict[str, Any]) -> Method:
+def method_of(config: RunConfig, architecture: dict[str, Any], teacher: Onlooker | None) -> Method:
     """The method around a fresh backbone, with what the stage freezes frozen."""
     backbone = build(architecture)
-    method = build(config.method, backbone=backbone)
+    method = build_method(config, backbone, teacher)
     freeze(backbone, config.stage.train_blocks)
     return method
 
@@ -275,7 +283,7 @@ def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Spe
             return batch
         return mix(batch, num_classes=planned.num_classes, seed=derive_seed(0, number))
 
-    method = build_method(config, planned.architecture).to(device)
+    method = method_of(config, planned.architecture, planned.teacher).to(device)
     grouping = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
     return measure_speed(
         method,
@@ -419,6 +427,8 @@ def _memory(held: StateBytes, activations: int, batch_size: int, precision: str)
     parts.append(f"optimizer {_size(held.optimizer)}")
     if held.average:
         parts.append(f"averaged weights {_size(held.average)}")
+    if held.teacher:
+        parts.append(f"teacher {_size(held.teacher)}")
     parts[-1] += ", in fp32,"
     parts.append(f"activations {_size(activations)}")
     total = f"{_size(held.total + activations)} on every process = "

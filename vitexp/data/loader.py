@@ -220,11 +220,13 @@ def train_batches(
     world: int = 1,
     workers: int | None = None,
     pin_memory: bool = False,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank from number `start` on; see sampler.train_positions.
 
     Raises BadImage naming a picture that cannot be read, UserError when a loader process dies."""
-    positions = train_positions(len(split), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
+    how = {"batch_size": batch_size, "seed": seed, "start": start, "rank": rank, "world": world, "repeats": repeats}
+    positions = train_positions(len(split), **how)
     workers = auto_workers(split, processes=world) if workers is None else workers
     return _batches(split, positions, workers=workers, pin_memory=pin_memory)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitexp.data.token_labels import Grid, crop_labels
 from vitexp.errors import UserError
 from vitexp.losses import soft_target_loss, token_label_loss, with_ground_truth
+from vitexp.metrics import batch_top1, class_of
 from vitexp.mixing import Box, one_hot
 from vitexp.token_mixing import kept_share, mix_class_targets, mix_tokens, token_box
 from vitexp.types import Batch, Features, Method, Progress, StepOutput
@@ -92,7 +93,7 @@ class TokenLabeling(Method):
             (label,) = self.targets(batch)
             logits = self.backbone(batch.images)
             loss = soft_target_loss(logits, label)
-            return StepOutput(self.cls_weight * loss, {"top1": _top1(logits, _class_of(batch.targets))})
+            return StepOutput(self.cls_weight * loss, {"top1": batch_top1(logits, class_of(batch.targets))})
         backbone: Any = self.backbone
         grid = backbone.grid_size
         cls_targets, token_targets = self.targets(batch, grids=[grid])
@@ -109,9 +110,9 @@ class TokenLabeling(Method):
             cls_weight=self.cls_weight,
             token_weight=self.token_weight,
         )
-        classes = _class_of(batch.targets)
+        classes = class_of(batch.targets)
         most = classes if kept_share(box, grid=grid) >= 0.5 else classes.flip(0)  # whose tokens the class token saw
-        return StepOutput(loss, {"top1": _top1(cls_logits, most)})
+        return StepOutput(loss, {"top1": batch_top1(cls_logits, most)})
 
     @torch.no_grad()
     def targets(self, batch: Batch, *, grids: Sequence[Grid] = ()) -> list[Tensor]:
@@ -156,11 +157,3 @@ class TokenLabeling(Method):
         if self.token_head is None:
             return backbone.token_logits(features)
         return backbone.classify(backbone.pooled(features)), self.token_head(features.patches)
-
-
-def _class_of(targets: Tensor) -> Tensor:
-    return targets if targets.ndim == 1 else targets.argmax(1)
-
-
-def _top1(logits: Tensor, classes: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) == classes).float().mean()
