@@ -50,6 +50,14 @@ def _with_store(needs: Callable[[Path], list[str]]) -> Callable[[Path], list[str
 
 
 NEEDS |= {option: _with_store(NEEDS.get(option, lambda folder: [])) for option in [*LABELLED, "method=token_labeling"]}
+TAUGHT = [
+    f"experiment={name}"
+    for name, preset in EXPERIMENTS.items()
+    if {"override /method": "distillation"} in preset["defaults"] and not preset.get("method", {}).get("teacher")
+]
+NEEDS |= {
+    option: lambda folder: [f"method.teacher={folder / 'teacher'}"] for option in [*TAUGHT, "method=distillation"]
+}
 # Stages one after another: composed stage by stage in test_pipeline.py.
 PIPELINES = [name for name, preset in EXPERIMENTS.items() if any("override /pipeline" in p for p in preset["defaults"])]
 NO_SINGLE_RUN = [f"experiment={name}" for name in PIPELINES]
