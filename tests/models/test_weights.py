@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def test_averaged_weights_win_and_the_report_says_so(tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()})
     assert "state_dict_ema" in str(load_weights(target, path))
     assert same(averaged, target)
+
+
+def test_deits_own_weights_win_over_the_average_that_its_code_never_evaluates(tmp_path: Path) -> None:
+    averaged, raw, target = vit(), vit(), vit()
+    training = {"optimizer": {"state": {}}, "epoch": 299, "scaler": {"scale": 65536.0}}
+    training |= {"args": argparse.Namespace(model="deit_tiny_patch16_224", lr=5e-4, color_jitter=None, input_size=224)}
+    path = saved(tmp_path, {"model": raw.state_dict(), "model_ema": averaged.state_dict(), **training})
+    assert "weights under 'model' (not 'model_ema')" in str(load_weights(target, path))
+    assert same(raw, target)
 
 
 def test_safetensors_and_run_folders_are_read(tmp_path: Path) -> None:
@@ -174,6 +184,8 @@ def test_rectangular_grids_come_from_the_model_the_run_or_the_caller(tmp_path: P
     assert load_weights(vit(), tmp_path, grid=(2, 8)).resized.old_grid == (2, 8)
     (tmp_path / "config.yaml").write_text("model: {image_size: [16, 64], patch_size: 8}\n")
     assert load_weights(vit(), tmp_path).resized.old_grid == (2, 8)
+    (tmp_path / "model_best.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    assert load_weights(vit(), tmp_path / "model_best.safetensors").resized.old_grid == (2, 8)
     assert "grid=(4, 4)" in str(load_weights(vit(image_size=(16, 64)), saved(tmp_path, vit().state_dict())))
     with pytest.raises(UserError, match=r"17 rows.*3x3"):
         load_weights(vit(), tmp_path, grid=(3, 3))
@@ -253,6 +265,34 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not marker.exists()
 
 
+class Shell:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_what_a_pickle_would_run_is_named_whatever_its_protocol(tmp_path: Path, form: str, protocol: int) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "weights.pth"
+    content = {"model": vit().state_dict(), "lr": Shell(f"touch {marker}")}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Shell(f"touch {marker}"), protocol=protocol))
+    else:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+    said = refusal(vit(), path)
+    assert f"would run {os.system.__module__}.system\n" in said
+    assert "_rebuild" not in said
+    assert not marker.exists()
+
+
+def test_tensors_in_a_protocol_that_is_not_read_safely_are_told_from_damage(tmp_path: Path) -> None:
+    torch.save(vit().state_dict(), tmp_path / "new.pt", pickle_protocol=4)
+    assert "pickle protocol 4" in refusal(vit(), tmp_path / "new.pt")
+
+
 def test_pickled_arrays_in_an_npz_are_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     np.savez(tmp_path / "weights.npz", cls=np.array([Hostile(marker)], dtype=object))
@@ -279,6 +319,14 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, suffix: str, damage
             torch.save(vit().state_dict(), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "\n" not in refusal(vit(), path)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.5, 0.999])
+def test_old_pytorch_files_cut_anywhere_are_damaged(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(vit().state_dict(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert "damaged" in refusal(vit(), path)
 
 
 def test_other_contents_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import pickle
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -38,6 +39,10 @@ T2T_STEM = "tokens_to_token.project.weight"
 _WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")  # DeiT III's names, and timm's: blocks.i.ls1.gamma
+# What torch and pickle raise when they read bytes that are none of theirs.
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, struct.error,
+)  # fmt: skip
 # What weights may name besides tensors; anything else that a pickle names is named when it is refused.
 _OF_TENSORS = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\.(\w*Storage|Size|device|b?float\d+|u?int\d+|bool)"
@@ -137,7 +142,7 @@ def _read_torch(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:  # torch's own words advise to load the file unsafely
         raise UserError(f"{file}: {_why_refused(file, str(error))}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{file}: damaged, or no PyTorch file of tensors ({first_line(error)})") from None
 
 
@@ -145,7 +150,7 @@ def _why_refused(file: Path, said: str) -> str:
     """Words for a file that torch does not read safely, `said` being torch's."""
     try:
         named, protocol = _look_into(_pickles_of(file))
-    except (ValueError, OSError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+    except (*_DAMAGED, zipfile.BadZipFile):
         named, protocol = [], 0
     refused = re.findall(r"GLOBAL (\S+)", said)[:1] or [name for name in named if not _OF_TENSORS.fullmatch(name)]
     if refused:
