@@ -155,6 +155,16 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
     return check(composed, choices=group_choices(composed), defaults=defaults)
 
 
+def compose_unjudged(overrides: list[str], config_dir: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+    """The option of each group, and all settings before interpolation. No value is judged: pictures and weights that
+    they name need not be here. Raises UserError for an option that is not there."""
+    register_resolvers()
+    composed = _compose(overrides, config_dir)
+    tree = _plain(composed, resolve=False)
+    del tree["hydra"]
+    return group_choices(composed), tree
+
+
 def pipeline_settings(overrides: list[str], config_dir: str | None = None) -> dict[str, Any] | None:
     """The `pipeline` part of what these overrides compose, None for pipeline=none. Raises UserError."""
     parsed = parse_overrides(overrides)

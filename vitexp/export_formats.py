@@ -25,7 +25,7 @@ from vitexp.errors import UserError
 from vitexp.export import export_model
 from vitexp.models.deit import DeiT
 from vitexp.models.layers import Block
-from vitexp.models.timm_backbone import TimmBackbone, _takes_image_size
+from vitexp.models.timm_backbone import TimmBackbone, takes_image_size
 from vitexp.models.vit import VisionTransformer
 from vitexp.trained import TrainedRun, load_run
 
@@ -126,7 +126,7 @@ def _as_timm(run: TrainedRun) -> tuple[str, dict[str, Any], dict[str, Any], dict
     model, kind = run.model, type(run.model)
     if isinstance(model, TimmBackbone):
         options = dict(run.architecture.get("options") or {})
-        if _takes_image_size(model.name, model.image_size):
+        if takes_image_size(model.name, model.image_size):
             options["img_size"] = list(model.image_size)
         known = model.timm_model.pretrained_cfg
         described = {key: known[key] for key in ("first_conv", "classifier", "fixed_input_size") if key in known}

@@ -13,7 +13,7 @@ import yaml
 
 import vitexp
 from vitexp.checks import leaves
-from vitexp.config import CONFIG_NAME, RAW_NAME, _compose, _plain, group_choices, register_resolvers
+from vitexp.config import CONFIG_NAME, RAW_NAME, compose_unjudged
 from vitexp.errors import UserError
 from vitexp.run_folder import cannot
 from vitexp.trained import TrainedRun
@@ -104,12 +104,9 @@ def command_of(records: Records, config_dir: str | None) -> str | None:
 
 
 def _composed(overrides: list[str], config_dir: str | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """The option of each group, and the value of each key before interpolation. No value is judged: pictures and
-    weights that the run had need not be here."""
-    register_resolvers()
-    config = _compose(overrides, config_dir)
-    choices = group_choices(config)
-    return choices, {key: value for key, value in leaves(_plain(config, resolve=False)) if not key.startswith("hydra.")}
+    """The option of each group, and the value of each key before interpolation."""
+    choices, tree = compose_unjudged(overrides, config_dir)
+    return choices, dict(leaves(tree))
 
 
 def _value(value: Any) -> str:

@@ -867,9 +867,9 @@ def fetch(
 ) -> tuple[Path, str]:
     """`<root>/from_mlflow/<run id>` with the run's settings and weights from its artifacts, and the weights' file name.
 
-    Taken are `weights`, or else the best ones the run has, with their description, and what of config.yaml and
-    config.interpolated.yaml there is. UserError when the store does not answer, knows no such run, or the run lacks
-    the weights or what is `needed`."""
+    Taken are `weights`, or else the best ones the run has, with their description, and what of config.yaml,
+    config.interpolated.yaml and summary.json there is. UserError when the store does not answer, knows no such run, or
+    the run lacks the weights or what is `needed`."""
     store = resolve_uri(uri, root)
     path, shown = _sqlite_path(store), without_password(store)
     if path is not None and not path.exists():  # opening would make an empty one
@@ -887,7 +887,8 @@ def fetch(
             if name not in there:
                 has = ", ".join(sorted(there)) or "no artifacts"
                 raise UserError(f"run=mlflow:{run_id}: the run has no artifact {name}; it has {has}")
-        wanted = {weights, str(Path(weights).with_suffix(".json")), "config.yaml", "config.interpolated.yaml"} & there
+        wanted = {weights, str(Path(weights).with_suffix(".json")), "config.yaml", "config.interpolated.yaml"}
+        wanted = (wanted | {"summary.json"}) & there
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched.") as beside:
             for name in sorted(wanted):

@@ -51,7 +51,7 @@ class TimmBackbone(nn.Module):
         if drop_path is not None:
             asked["drop_path_rate"] = fraction("model.drop_path", drop_path)
         # Tried without memory first: only the constructor itself knows whether it takes a size.
-        sized = _takes_image_size(name, self.image_size)
+        sized = takes_image_size(name, self.image_size)
         model: Any = _create(
             name,
             pretrained=flag("model.pretrained", pretrained),
@@ -177,7 +177,7 @@ def _create(name: str, **arguments: Any) -> nn.Module:
         raise UserError(f"model.name={name}: timm cannot build it ({type(error).__name__}: {_reason(error)})") from None
 
 
-def _takes_image_size(name: str, image_size: tuple[int, int]) -> bool:
+def takes_image_size(name: str, image_size: tuple[int, int]) -> bool:
     try:
         with torch.device("meta"):
             timm.create_model(name, img_size=image_size)
