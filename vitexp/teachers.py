@@ -7,9 +7,9 @@ by `python -m vitexp stage=evaluate init_from=<file> model=… data=…`.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from vitexp.locate import Located, locate
 from vitexp.models.checks import height_width
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.weights import load_weights
+from vitexp.models.weights_hub import TIMM, ask_hub
 from vitexp.trained import load_run
 
 Size = tuple[int, int]  # height and width in pixels
-
-TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,11 @@ def timm_teacher(name: str, classes: Sequence[str], size: Size | None, *, weight
                 f"teacher={name}: timm's weights know {described.num_classes:,} classes, the data has {len(classes):,}"
                 f"\n{learn}"
             )
-        model = _downloaded(model_name, size, described.num_classes)
+        get = partial(TimmBackbone, model_name, image_size=size, num_classes=described.num_classes, pretrained=True)
+        try:
+            model = ask_hub(name, get)
+        except UserError as error:
+            raise UserError(f"teacher={error}".replace("init_from=<file>", "weights=<file>")) from error
         checksum = _checksum(model)
     return Teacher(
         model=model,
@@ -207,25 +210,6 @@ def _sized(architecture: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """The architecture for pictures of this size; its weights come from the teacher's file, not from elsewhere."""
     sized = {**architecture, "image_size": list(size)}
     return sized | ({"pretrained": False} if "pretrained" in sized else {})
-
-
-def _downloaded(name: str, size: Size, num_classes: int) -> nn.Module:
-    """The model with timm's weights, from the hub or its cache. Raises UserError where they cannot be had."""
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # without a network it would tell of each of a dozen attempts
-    try:
-        return TimmBackbone(name, image_size=size, num_classes=num_classes, pretrained=True)
-    except Exception as error:  # what the hub's client raises differs from version to version
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    finally:
-        hub.setLevel(level)
-    if "LocalEntryNotFound" in said:
-        said = "the hub does not answer, and they are not in its cache"
-    raise UserError(
-        f"teacher={TIMM}{name}: timm's weights cannot be had: {said}\n"
-        "without a network give a file that holds them: weights=<file>"
-    )
 
 
 def _checksum(model: nn.Module) -> str:

@@ -251,14 +251,14 @@ def test_a_timm_name_takes_timms_weights_or_a_file_and_says_where_there_is_no_ne
     def create(name, *, pretrained=False, **arguments):
         asked.append(pretrained)
         if pretrained and not (tmp_path / "network").exists():
-            raise OSError("LocalEntryNotFoundError: the hub cannot be reached")
+            raise ConnectionError("the hub cannot be reached")
         torch.manual_seed(3)
         return real(name, **arguments)
 
     monkeypatch.setattr(timm, "create_model", create)
     every = ["data=fake", "data.num_train=4", "data.num_val=4", "data.num_classes=1000"]
     command = ["teacher=timm:test_resnet", *every, f"output={tmp_path / 'maps'}"]
-    with pytest.raises(UserError, match=r"timm:test_resnet: timm's weights cannot be had: .*\n.*weights=<file>"):
+    with pytest.raises(UserError, match=r"timm:test_resnet: the weights cannot be had: .*\n.*: weights=<file>"):
         label(*command)
     (tmp_path / "network").touch()
     label(*command)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ def hub_file(name: str) -> Path:
 
 def ask_hub(name: str, get: Callable[[], Fetched]) -> Fetched:
     """What `get` fetches. Whatever a hub's client raises becomes one UserError that starts with `name`."""
+    print(f"{name}: looking in the hub's cache, and on the hub", file=sys.stderr, flush=True)
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # without a network it would tell of each of a dozen attempts
