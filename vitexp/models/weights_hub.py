@@ -87,7 +87,11 @@ def ask_hub(name: str, get: Callable[[], Fetched]) -> Fetched:
 
 
 def _why(error: Exception) -> str:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    kinds: set[str] = set()
+    behind: BaseException | None = error
+    while behind is not None:  # timm's builder says in its own words what the client raised
+        kinds |= {kind.__name__ for kind in type(behind).__mro__}
+        behind = behind.__cause__ or behind.__context__
     hand = "\nwithout a network give a file that holds them: init_from=<file>"
     if "GatedRepoError" in kinds:
         return "the repository asks for a permission that this machine has not; accept its terms and set HF_TOKEN"
