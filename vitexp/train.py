@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from vitexp import checkpoint, reports, run_folder, runtime
 from vitexp.config import CONFIG_NAME, RAW_NAME, RunConfig, to_yaml
@@ -25,12 +25,12 @@ from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.ema import Ema
 from vitexp.errors import UserError
 from vitexp.finite import FiniteGuard
-from vitexp.horizon import Horizon, plan_horizon
+from vitexp.horizon import Horizon, Update, plan_horizon
 from vitexp.optim import build_optimizer, resolve_lr, set_lr
 from vitexp.run import Run, build_run
 from vitexp.seeding import derive_seed
 from vitexp.signals import Interrupted, StopRequest
-from vitexp.state import State
+from vitexp.state import State, Tally
 from vitexp.types import Batch
 
 log = logging.getLogger("vitexp")
@@ -146,20 +146,12 @@ def fit(
     global_batch = batch_size * world * settings.accumulate
     rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
     peak_lr = resolve_lr(**rates, global_batch=global_batch)
-    grouping = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
-    run.method.to(accelerator.device)
-    optimizer = build_optimizer(run.make_optimizer, run.method, lr=peak_lr, **grouping)
+    method, optimizer = prepare(run, accelerator, lr=peak_lr)
     guard = FiniteGuard(
         optimizer,
         deferred=accelerator.device.type != "cpu" and accelerator.scaler is None,
         names=run.source.train.names,
     )
-    if config.runtime.compile:
-        (run.backbone if run.method.whole is None else run.method.whole).compile()
-        run.notes.append("torch.compile: the first step takes about a minute")
-    method, wrapped = accelerator.prepare(run.method, optimizer)
-    if accelerator.scaler is not None:  # the wrapper looks for a package on disk at each step: 0.1 ms for nothing else
-        optimizer = wrapped
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     clipped = run.method.clipped()
     ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
@@ -218,25 +210,11 @@ def fit(
             lr = run.schedule(update.progress, lr=peak_lr)
             set_lr(optimizer, lr)
 
-            losses, indices = [], []
-            for number in range(update.num_micro_batches):
-                position = horizon.micro_batches_before(state.step) + number
-                batch = ready(next(batches), run, accelerator.device)
-                if run.mix is not None:
-                    seed = derive_seed(config.seed, position, rank, 0x313)
-                    batch = run.mix(batch, num_classes=run.architecture["num_classes"], seed=seed)
-                runtime.seed_forward(config.seed, position, rank)
-                last = number + 1 == update.num_micro_batches
-                with contextlib.nullcontext() if last else accelerator.no_sync(method):
-                    output = method(batch, update.progress)
-                    accelerator.backward(output.loss / update.num_micro_batches)
-                losses.append(output.loss.detach())
-                indices.append(batch.index)
-                for name, value in output.metrics.items():
-                    state.tally.add(name, value / update.num_micro_batches)
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-            guard.admit(state.step, loss, torch.cat(indices))
+            position = horizon.micro_batches_before(state.step)
+            loss, index = gradients(
+                run, method, batches, update, position=position, accelerator=accelerator, tally=state.tally
+            )
+            guard.admit(state.step, loss, index)
             if settings.clip_norm is not None:
                 accelerator.unscale_gradients()  # fp16's
                 state.tally.add("grad_norm", nn.utils.clip_grad_norm_(clipped, settings.clip_norm))
@@ -280,6 +258,50 @@ def fit(
     finally:
         stop.deferred = False
         books.close(status)
+
+
+def prepare(run: Run, accelerator: Accelerator, *, lr: float) -> tuple[nn.Module, Any]:
+    """The method on its device, wrapped for the ranks, and its optimizer, wrapped only where gradients are scaled."""
+    grouping = {key: run.config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
+    run.method.to(accelerator.device)
+    optimizer = build_optimizer(run.make_optimizer, run.method, lr=lr, **grouping)
+    if run.config.runtime.compile:
+        (run.backbone if run.method.whole is None else run.method.whole).compile()
+        run.notes.append("torch.compile: the first step takes about a minute")
+    method, wrapped = accelerator.prepare(run.method, optimizer)
+    # The wrapper looks for a package on disk at each step: 0.1 ms for nothing else.
+    return method, optimizer if accelerator.scaler is None else wrapped
+
+
+def gradients(
+    run: Run,
+    method: nn.Module,
+    batches: Iterator[Batch],
+    update: Update,
+    *,
+    position: int,
+    accelerator: Accelerator,
+    tally: Tally,
+) -> tuple[Tensor, Tensor]:
+    """Forwards and backwards of one update, the first of them the run's `position`-th of this rank: gradients are their
+    mean's afterwards. Returns the mean loss and the pictures' numbers; what the method measured is in the tally."""
+    seed, rank = run.config.seed, accelerator.process_index
+    losses, indices = [], []
+    for number in range(update.num_micro_batches):
+        batch = ready(next(batches), run, accelerator.device)
+        if run.mix is not None:
+            mix_seed = derive_seed(seed, position + number, rank, 0x313)
+            batch = run.mix(batch, num_classes=run.architecture["num_classes"], seed=mix_seed)
+        runtime.seed_forward(seed, position + number, rank)
+        last = number + 1 == update.num_micro_batches
+        with contextlib.nullcontext() if last else accelerator.no_sync(method):
+            output = method(batch, update.progress)
+            accelerator.backward(output.loss / update.num_micro_batches)
+        losses.append(output.loss.detach())
+        indices.append(batch.index)
+        for name, value in output.metrics.items():
+            tally.add(name, value / update.num_micro_batches)
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), torch.cat(indices)
 
 
 def ready(batch: Batch, run: Run, device: torch.device) -> Batch:
