@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.horizon import Horizon, plan_horizon
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, parameter_groups, resolve_lr
-from vitexp.run import open_source
+from vitexp.run import build_method, open_source
 
 IMAGENET = 1_281_167
 INCEPTION = {"area": [0.05, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "interpolation": "bilinear"}
@@ -33,6 +34,7 @@ VIT_B16 = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "cl
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": True}
 ADAM_MAE = ADAM | {"betas": (0.9, 0.95)}
 SGD = {"momentum": 0.9, "nesterov": False, "dampening": 0}
+LAMB = {"betas": (0.9, 0.999), "eps": 1e-8, "max_grad_norm": None, "always_adapt": False}
 VIT_L16 = VIT_B16 | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 VIT_H14 = VIT_B16 | {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 MAE_ENCODER = {"position_embedding": "sincos", "init": "mae", "norm": "before_pool", "qkv_bias": True, "drop_path": 0.0}
@@ -40,9 +42,39 @@ MAE_TUNED = {"pool": "mean", "norm": "after_pool", "position_embedding": "learne
 LVVIT = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "dropout": 0.0, "token_head": True}
 LVVIT_S = LVVIT | {"embed_dim": 384, "depth": 16, "num_heads": 6, "stem_channels": 64, "residual_scale": 2.0}
 LVVIT_M = LVVIT_S | {"embed_dim": 512, "depth": 20, "num_heads": 8}
+DEIT_TI = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0, "qkv_bias": True} | {
+    "norm_eps": 1e-6,
+    "distilled": False,
+    "class_position": True,
+    "layer_scale": None,
+    "dropout": 0.0,
+    "drop_path_growth": "linear",
+}
+DEIT_S = DEIT_TI | {"embed_dim": 384, "num_heads": 6}
+DEIT_B = DEIT_TI | {"embed_dim": 768, "num_heads": 12}
+DEIT3_S = DEIT_S | {"class_position": False, "layer_scale": 1e-4, "drop_path_growth": "constant"}
+DEIT3_B = DEIT3_S | {"embed_dim": 768, "num_heads": 12}
+DEIT3_L = DEIT3_S | {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+DEIT3_H = DEIT3_S | {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+T2T_14 = {"embed_dim": 384, "depth": 14, "num_heads": 6, "mlp_ratio": 3.0, "token_module": "performer"} | {
+    "token_dim": 64,
+    "norm_eps": 1e-5,
+    "qkv_bias": False,
+    "dropout": 0.0,
+    "drop_path": 0.1,
+    "performer_dropout": 0.1,
+}
+T2T_7 = T2T_14 | {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0}
+T2T_19 = T2T_14 | {"embed_dim": 448, "depth": 19, "num_heads": 7}
+T2T_24 = T2T_14 | {"embed_dim": 512, "depth": 24, "num_heads": 8}
 # Its flip stands before the steps, and those before the crop.
 LVVIT_CROP = {"area": [0.08, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.0, "retry": True, "interpolation": "random"}
 MAE_CROP = {"area": [0.08, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "retry": True, "interpolation": "bicubic"}
+T2T_CROP = MAE_CROP | {"interpolation": "random"}
+SIMPLE_CROP = {"padding": 4}
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+DEITS = (5, 0, 1)  # epochs of warm-up, of cooldown, and by which the rate is late
+LVVITS, T2TS = (5, 10, 0), (10, 10, 0)
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -57,18 +89,21 @@ class Recipe:
     steps: int  # updates of the whole run
     # learning rate
     peak: float
-    shape: str  # of the decay: linear | cosine | lvvit, LV-ViT's by epoch with 10 of 310 at its end
+    shape: str  # of the decay: linear | cosine
     warmup: int  # updates
     start: float = 0.0
     end: float = 0.0
     pins: dict[int, float] = field(default_factory=dict)  # update: rate, worked out by hand
     in_epochs: tuple[int, int] | None = None  # warm-up and length, where the curve follows epochs and not updates
+    by_epoch: tuple[int, int, int] | None = None  # timm's, one value an epoch: warm-up, cooldown, delay
+    epochs: int = 310  # of the last
     # optimizer
     optimizer: str = "Adam"
     settings: dict[str, Any] = field(default_factory=lambda: ADAM)
     weight_decay: float = 0.0
     decayed: int = 0  # numbers that weight decay acts on: the kernels, or none
     decayed_tokens: tuple[str, ...] = ()  # and these
+    decays_all: bool = False  # biases and norms, too
     layer_decay: float = 1.0
     clip: float | None = 1.0
     ema: float | None = None
@@ -87,7 +122,10 @@ class Recipe:
     mixup: float | None = None
     policy: str | None = None  # timm's RandAugment
     mixed: tuple[float, float, float, float] | None = None  # erasing, mixup, cutmix, smoothing within the mixing
-    imagenet_statistics: bool = False
+    erased_last: bool = False  # after mixing
+    three_augment: bool = False  # one of three operations, then colour jitter
+    statistics: tuple[list[float], list[float]] | None = None  # mean and deviation the pictures are normalised by
+    repeats: int = 1  # views of each picture
     label_smoothing: float = 0.0
     method: dict[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = ("data=parquet", "data.train={file}")
@@ -113,7 +151,7 @@ def _mae_pretrain(model: dict[str, Any], parameters: int, decayed: int) -> Recip
         model=model | MAE_ENCODER,
         parameters=parameters,
         crop=MAE_CROP | {"area": [0.2, 1.0]},
-        imagenet_statistics=True,
+        statistics=IMAGENET_STATISTICS,
     )
 
 
@@ -155,7 +193,7 @@ def _mae_finetune(
         crop=MAE_CROP,
         policy="rand-m9-mstd0.5-inc1",
         mixed=mixed,
-        imagenet_statistics=True,
+        statistics=IMAGENET_STATISTICS,
     )
 
 
@@ -172,10 +210,11 @@ def _lvvit(
     """zihangJiang/TokenLabeling main.py and README.md; decayed: kernels of the blocks and heads."""
     stem = model["stem_channels"]
     first, rest = 3 * stem * 49 + 2 * stem**2 * 9, stem * 64 * model["embed_dim"]
-    settings = {
+    settings: dict[str, Any] = {
         "num_train": IMAGENET,
         "num_classes": 1000,
-        "shape": "lvvit",
+        "shape": "cosine",
+        "by_epoch": LVVITS,
         "steps": 310 * math.ceil(IMAGENET // forwards[0] / forwards[1]),
         "warmup": 5 * math.ceil(IMAGENET // forwards[0] / forwards[1]),
         "start": 1e-6,
@@ -199,10 +238,176 @@ def _lvvit(
         model=model,
         parameters=parameters,
         crop=LVVIT_CROP,
-        imagenet_statistics=True,
+        statistics=IMAGENET_STATISTICS,
         label_smoothing=0.1,
         **settings | further,
     )
+
+
+def _deit(
+    model: dict[str, Any], parameters: int, decayed: int, *, forwards: tuple[int, int] = (256, 4), **further: Any
+) -> Recipe:
+    """facebookresearch/deit main.py: 5e-4 x 1024 / 512. The sampler's 1,281,024 views are 1251 updates of 1024."""
+    settings: dict[str, Any] = {
+        "peak": 1e-3,
+        "end": 1e-5,
+        "pins": {0: 1e-6, 1251: 1e-6, 2 * 1251: 2.008e-4, 151 * 1251: 5.05e-4, 299 * 1251: 1.01085617e-5},
+        "steps": 300 * 1251,
+        "warmup": 5 * 1251,
+        "epochs": 300,
+        "weight_decay": 0.05,
+        "method": {"loss": "cross_entropy"},
+    }
+    return Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=forwards,
+        shape="cosine",
+        by_epoch=DEITS,
+        start=1e-6,
+        optimizer="AdamW",
+        decayed=decayed,
+        clip=None,
+        repeats=3,
+        model=model,
+        parameters=parameters,
+        crop=MAE_CROP,
+        policy="rand-m9-mstd0.5-inc1",
+        mixed=(0.25, 0.8, 1.0, 0.1),
+        statistics=IMAGENET_STATISTICS,
+        **settings | further,
+    )
+
+
+def _distilled(model: dict[str, Any], parameters: int, decayed: int, **further: Any) -> Recipe:
+    """As _deit, with section 4's hard distillation. The distillation token decays."""
+    taught = {"teacher": "timm:regnety_160.deit_in1k", "form": "hard", "alpha": 0.5, "loss": "cross_entropy"}
+    model = model | {"distilled": True}
+    return _deit(model, parameters, decayed, method=taught, decayed_tokens=("dist_token",), **further)
+
+
+def _deit3(
+    model: dict[str, Any],
+    parameters: int,
+    decayed: int,
+    *,
+    peak: float,
+    epochs: int,
+    updates: int,  # of an epoch
+    forwards: tuple[int, int] = (64, 32),
+    pins: dict[int, float],
+    **further: Any,
+) -> Recipe:
+    """facebookresearch/deit README_revenge.md, ImageNet-1k's training but for what is given. Fused LAMB clips at 1."""
+    settings: dict[str, Any] = {
+        "num_train": IMAGENET,
+        "num_classes": 1000,
+        "optimizer": "Lamb",
+        "settings": LAMB,
+        "weight_decay": 0.05,
+        "clip": 1.0,
+        "repeats": 3,
+        "crop": MAE_CROP,
+        "three_augment": True,
+        "mixed": (0.0, 0.8, 1.0, 0.0),
+        "method": {"loss": "binary"},
+    }
+    return Recipe(
+        batch=forwards,
+        steps=epochs * updates,
+        peak=peak,
+        shape="cosine",
+        by_epoch=DEITS,
+        epochs=epochs,
+        warmup=5 * updates,
+        start=1e-6,
+        end=1e-5,
+        pins={0: 1e-6, updates: 1e-6} | {epoch * updates: rate for epoch, rate in pins.items()},
+        decayed=decayed,
+        model=model,
+        parameters=parameters,
+        crop_fraction=1.0,
+        statistics=IMAGENET_STATISTICS,
+        **settings | further,
+    )
+
+
+DEIT_384: dict[str, Any] = {
+    "forwards": (32, 16),
+    "peak": 5e-6,
+    "end": 5e-6,
+    "pins": {0: 1e-6, 2502: 1e-6, 2 * 2502: 1.8e-6, 6 * 2502: 5e-6, 29 * 2502: 5e-6},
+    "steps": 30 * 2502,
+    "warmup": 5 * 2502,
+    "epochs": 30,
+    "weight_decay": 1e-8,
+    "stage": "finetune",
+    "head": "auto",
+    "image_size": 384,
+}
+# After ImageNet-1k: AdamW, RandAugment and cross entropy again. Before and after ImageNet-21k: cutmix alone.
+DEIT3_TUNED: dict[str, Any] = {
+    "peak": 1e-5,
+    "epochs": 20,
+    "updates": 2503,
+    "forwards": (64, 8),
+    "pins": {2: 2.8e-6, 6: 1e-5, 19: 1e-5},
+    "optimizer": "AdamW",
+    "settings": ADAM,
+    "weight_decay": 0.1,
+    "clip": None,
+    "repeats": 1,
+    "three_augment": False,
+    "policy": "rand-m9-mstd0.5-inc1",
+    "mixed": (0.0, 0.8, 1.0, 0.1),
+    "method": {"loss": "cross_entropy"},
+    "stage": "finetune",
+    "head": "auto",
+}
+DEIT3_21K: dict[str, Any] = {
+    "weight_decay": 0.02,
+    "repeats": 1,
+    "crop": SIMPLE_CROP,
+    "mixed": (0.0, 0.0, 1.0, 0.1),
+    "method": {"loss": "cross_entropy"},
+}
+
+
+def _t2t(model: dict[str, Any], parameters: int, decayed: int, *, peak: float = 5e-4, **further: Any) -> Recipe:
+    """yitu-opensource/T2T-ViT README.md, main.py. decayed: kernels of the blocks and the head; those of the two token
+    attentions and of the projection that follows them are added."""
+    pins = {0: 1e-6, 2503: 1e-6 + (peak - 1e-6) / 10, 150 * 2503: (peak + 1e-5) / 2, 300 * 2503: 1e-5}
+    return Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(64, 8),
+        steps=310 * 2503,
+        peak=peak,
+        shape="cosine",
+        by_epoch=T2TS,
+        warmup=10 * 2503,
+        start=1e-6,
+        end=1e-5,
+        pins=pins,
+        optimizer="AdamW",
+        decayed=_soft_splits(model["embed_dim"]) + decayed,
+        clip=None,
+        ema=0.99996,
+        model=model,
+        parameters=parameters,
+        crop=T2T_CROP,
+        crop_fraction=0.9,
+        policy="rand-m9-mstd0.5-inc1",
+        mixed=(0.25, 0.8, 1.0, 0.1),
+        erased_last=True,
+        statistics=IMAGENET_STATISTICS,
+        **further,
+    )
+
+
+def _soft_splits(width: int) -> int:
+    """147 and 576 numbers of a neighbourhood to three times 64, six layers of 64 x 64, and 576 numbers to the width."""
+    return (147 + 576) * 192 + 6 * 64**2 + 576 * width
 
 
 # A block of B/16 has 4 x 768^2 + 2 x 768 x 3072 = 7,077,888 numbers in its kernels, the patch embedding 3 x 16^2 x 768
@@ -485,7 +690,7 @@ RECIPES = {
         head_init="mae_linear_probe",
         train_blocks=0,
         crop=MAE_CROP | {"retry": False},
-        imagenet_statistics=True,
+        statistics=IMAGENET_STATISTICS,
     ),
     # Table 11: 1e-4 x 4096 / 256 = 1.6e-3.
     "mae_scratch": Recipe(
@@ -509,7 +714,7 @@ RECIPES = {
         crop=MAE_CROP,
         policy="rand-m9-mstd0.5-inc1",
         mixed=(0.0, 0.8, 1.0, 0.1),
-        imagenet_statistics=True,
+        statistics=IMAGENET_STATISTICS,
     ),
     # 10,009 forwards of 128, 1,252 updates of 1024 an epoch. A block of width d has 10 d^2 numbers in its kernels, each
     # of the two heads 1000 d. Half way through the cosine, at 150 epochs, (1.6e-3 + 1e-5) / 2.
@@ -537,7 +742,7 @@ RECIPES = {
         26_151_824,
         16 * 1_474_560 + 768_000,
         peak=1e-3,
-        shape="cosine",
+        by_epoch=None,
         steps=300 * 1252,
         start=0.0,
         end=0.0,
@@ -594,41 +799,220 @@ RECIPES = {
         head_init="timm",
         data=("data=parquet", "data.train={file}"),
     ),
+    # arXiv:2012.12877. A block of width d has 12 d^2 numbers in its kernels; parameters are the official models'.
+    "deit_tiny": _deit(DEIT_TI | {"drop_path": 0.1}, 5_717_416, 147_456 + 12 * 442_368 + 192_000),
+    "deit_small": _deit(DEIT_S | {"drop_path": 0.1}, 22_050_664, 294_912 + 12 * 1_769_472 + 384_000),
+    "deit_base": _deit(DEIT_B | {"drop_path": 0.1}, 86_567_656, 589_824 + 12 * 7_077_888 + 768_000, forwards=(64, 16)),
+    "deit_tiny_distilled": _distilled(
+        DEIT_TI | {"drop_path": 0.1}, 5_910_800, 147_456 + 12 * 442_368 + 2 * 192_000 + 192
+    ),
+    "deit_small_distilled": _distilled(
+        DEIT_S | {"drop_path": 0.1}, 22_436_432, 294_912 + 12 * 1_769_472 + 2 * 384_000 + 384
+    ),
+    "deit_base_distilled": _distilled(
+        DEIT_B | {"drop_path": 0.1}, 87_338_192, 589_824 + 12 * 7_077_888 + 2 * 768_000 + 768, forwards=(64, 16)
+    ),
+    # 1,281,024 views: 40,032 forwards of 32, 2502 updates of 512. In evaluation mode, so without drop path.
+    "deit_finetune_384": _deit(
+        DEIT_B | {"drop_path": 0.0},
+        86_859_496,
+        589_824 + 12 * 7_077_888 + 768_000,
+        **DEIT_384,
+    ),
+    "deit_finetune_384_distilled": _distilled(
+        DEIT_B | {"drop_path": 0.0}, 87_630_032, 589_824 + 12 * 7_077_888 + 2 * 768_000 + 768, **DEIT_384
+    ),
+    # arXiv:2204.07118. 626 updates of 2048 an epoch. A picture of 192 px has 52 places fewer than one of 224, one of
+    # 154 in patches of 14 has 135 fewer. L and H at 224 px: MAE's, less the class token's place, with 2 LayerScales a
+    # block.
+    "deit3_small": _deit3(
+        DEIT3_S | {"drop_path": 0.05},
+        22_059_496,
+        294_912 + 12 * 1_769_472 + 384_000,
+        peak=4e-3,
+        epochs=800,
+        updates=626,
+        forwards=(256, 8),
+        pins={2: 8.008e-4, 401: 2.005e-3},
+    ),
+    "deit3_base": _deit3(
+        DEIT3_B | {"drop_path": 0.2},
+        86_585_320 - 52 * 768,
+        589_824 + 12 * 7_077_888 + 768_000,
+        peak=3e-3,
+        epochs=800,
+        updates=626,
+        forwards=(256, 8),
+        pins={2: 6.008e-4, 401: 1.505e-3},
+        image_size=192,
+    ),
+    "deit3_large": _deit3(
+        DEIT3_L | {"drop_path": 0.45},
+        304_326_632 - 1024 + 48 * 1024 - 52 * 1024,
+        786_432 + 24 * 12_582_912 + 1_024_000,
+        peak=3e-3,
+        epochs=800,
+        updates=626,
+        pins={2: 6.008e-4, 401: 1.505e-3},
+        image_size=192,
+    ),
+    "deit3_huge": _deit3(
+        DEIT3_H | {"drop_path": 0.6},
+        632_045_800 - 1280 + 64 * 1280 - 135 * 1280,
+        752_640 + 32 * 19_660_800 + 1_280_000,
+        peak=3e-3,
+        epochs=800,
+        updates=626,
+        pins={2: 6.008e-4, 401: 1.505e-3},
+        image_size=154,
+    ),
+    "deit3_finetune_224": _deit3(
+        DEIT3_B | {"drop_path": 0.2}, 86_585_320, 589_824 + 12 * 7_077_888 + 768_000, **DEIT3_TUNED
+    ),
+    "deit3_finetune_384": _deit3(
+        DEIT3_S | {"drop_path": 0.0},
+        22_059_496 + 380 * 384,
+        294_912 + 12 * 1_769_472 + 384_000,
+        image_size=384,
+        **DEIT3_TUNED,
+    ),
+    # As vit_imagenet21k, 221,830 forwards of 64, 6,933 updates of 2048 an epoch; 20,843 classes more.
+    "deit3_imagenet21k": _deit3(
+        DEIT3_B | {"drop_path": 0.1},
+        86_585_320 + 20_843 * 769,
+        589_824 + 12 * 7_077_888 + 21_843 * 768,
+        num_train=14_197_122,
+        num_classes=21_843,
+        peak=1e-3,
+        epochs=240,
+        updates=6933,
+        pins={2: 2.008e-4, 121: 5.05e-4},
+        **DEIT3_21K,
+    ),
+    "deit3_finetune_imagenet": _deit3(
+        DEIT3_B | {"drop_path": 0.15},
+        86_585_320,
+        589_824 + 12 * 7_077_888 + 768_000,
+        peak=3e-4,
+        epochs=50,
+        updates=626,
+        pins={2: 6.08e-5, 26: 1.55e-4},
+        stage="finetune",
+        head_init="timm",
+        **DEIT3_21K,
+    ),
+    # arXiv:2101.11986; parameters as the official code counts them, fixed ones included. A block of width d has 10 d^2
+    # numbers in its kernels, of the lite ones 8 d^2.
+    "t2t_7": _t2t(T2T_7, 4_310_222, 7 * 524_288 + 256_000, peak=1e-3, weight_decay=0.03),
+    "t2t_14": _t2t(T2T_14, 21_545_550, 14 * 1_474_560 + 384_000, weight_decay=0.05),
+    "t2t_19": _t2t(T2T_19, 39_177_422, 19 * 2_007_040 + 448_000, weight_decay=0.065),
+    "t2t_24": _t2t(T2T_24, 64_105_934, 24 * 2_621_440 + 512_000, weight_decay=0.065),
+    # The figures of lvvit_small; the classifier of tokens is the method's.
+    "t2t_24_token_labeling": Recipe(
+        num_train=IMAGENET,
+        num_classes=1000,
+        batch=(128, 8),
+        steps=310 * 1252,
+        peak=1.6e-3,
+        shape="cosine",
+        by_epoch=LVVITS,
+        warmup=5 * 1252,
+        start=1e-6,
+        end=1e-5,
+        pins={0: 1e-6, 1252: 3.208e-4, 5 * 1252: 1.59891e-3, 150 * 1252: 8.05e-4},
+        optimizer="AdamW",
+        weight_decay=0.05,
+        decayed=_soft_splits(512) + 24 * 2_621_440 + 2 * 512_000,
+        clip=None,
+        ema=0.99992,
+        model=T2T_24,
+        parameters=64_105_934 + 513_000,
+        crop=LVVIT_CROP,
+        crop_fraction=0.9,
+        policy="rand-m9-mstd0.5-inc1",
+        mixed=(0.25, 0.0, 0.0, 0.0),
+        statistics=IMAGENET_STATISTICS,
+        label_smoothing=0.1,
+        method={"labels": "tokens", "cls_weight": 1.0, "token_weight": 1.0, "mix_tokens": True},
+        data=("data=parquet", "data.train={file}", "train.token_labels=store"),
+    ),
+    # 781 forwards of 64. Everything decays but the fixed positions and random features.
+    "t2t_transfer": Recipe(
+        num_train=50_000,
+        num_classes=10,
+        batch=(64, 1),
+        steps=60 * 781,
+        peak=5e-4,
+        shape="cosine",
+        by_epoch=(0, 0, 0),
+        epochs=60,
+        warmup=0,
+        end=2e-4,
+        pins={0: 5e-4, 780: 5e-4, 781: 4.997944e-4, 30 * 781: 3.5e-4, 59 * 781: 2.002056e-4},
+        optimizer="SGD",
+        settings=SGD,
+        weight_decay=5e-4,
+        decayed=21_465_806 - 990 * 385,
+        decays_all=True,
+        clip=None,
+        model=T2T_14,
+        parameters=21_545_550 - 990 * 385,
+        stage="finetune",
+        head_init="timm",
+        crop=PAD_4_OF_32 | {"interpolation": "bilinear"},
+        crop_fraction=1.0,
+        statistics=([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+        data=(),
+    ),
 }
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
-@pytest.fixture
-def config(name: str, tmp_path: Path) -> RunConfig:
-    """The preset with data of the recipe's kind; nothing of it is read."""
-    file = tmp_path / "file.safetensors"
+@pytest.fixture(scope="module")
+def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for pictures and for weights where neither is read."""
+    file = tmp_path_factory.mktemp("empty") / "file.safetensors"
     file.write_bytes(b"")
+    return file
+
+
+@pytest.fixture
+def config(name: str, empty_file: Path) -> RunConfig:
+    """The preset with data of the recipe's kind; nothing of it is read."""
+    return _composed(name, empty_file)
+
+
+@functools.cache
+def _composed(name: str, file: Path, *overrides: str) -> RunConfig:
     recipe = RECIPES[name]
     init = [f"init_from={file}"] if recipe.stage != "pretrain" else []
-    return compose_and_check([f"experiment={name}", *init, *(text.format(file=file) for text in recipe.data)])
+    data = [text.format(file=file) for text in recipe.data]
+    return compose_and_check([f"experiment={name}", *init, *data, *overrides])
 
 
 def _horizon(config: RunConfig, num_train: int) -> Horizon:
     train = config.train
-    forwards = micro_batches_per_epoch(num_train, train.batch_size, config.runtime.processes)
+    forwards = micro_batches_per_epoch(num_train, train.batch_size, config.runtime.processes, repeats=train.repeats)
     return plan_horizon(forwards, accumulate=train.accumulate, epochs=train.epochs, max_steps=train.max_steps)
 
 
 def _peak(config: RunConfig, num_train: int) -> float:
-    size = effective_batch_size(num_train, config.train.batch_size, config.runtime.processes)
+    train, processes = config.train, config.runtime.processes
+    size = effective_batch_size(num_train, train.batch_size, processes, repeats=train.repeats)
     rates = {key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")}
-    return resolve_lr(**rates, global_batch=size * config.runtime.processes * config.train.accumulate)
+    return resolve_lr(**rates, global_batch=size * processes * train.accumulate)
 
 
 def _published_lr(recipe: Recipe, step: int) -> float:
     """From the formulas of google-research/vision_transformer's utils.py, with a start and an end for the others, and
     of facebookresearch/mae's lr_sched.py."""
     at, warmup, end = float(step), recipe.warmup, recipe.steps
-    if recipe.shape == "lvvit":  # timm's CosineLRScheduler: the epoch alone, a cosine of 300 that the warm-up covers
-        epoch = step // (recipe.steps // 310)
-        if epoch < 5:
-            return recipe.start + (recipe.peak - recipe.start) * epoch / 5
-        return recipe.end + (recipe.peak - recipe.end) * (1 + math.cos(math.pi * min(epoch, 300) / 300)) / 2
+    if recipe.by_epoch is not None:  # timm's CosineLRScheduler: the epoch alone, a cosine that the warm-up covers
+        rising, cooldown, late = recipe.by_epoch
+        epoch, falling = max(step // (recipe.steps // recipe.epochs) - late, 0), recipe.epochs - cooldown
+        if epoch < rising:
+            return recipe.start + (recipe.peak - recipe.start) * epoch / rising
+        return recipe.end + (recipe.peak - recipe.end) * (1 + math.cos(math.pi * min(epoch / falling, 1))) / 2
     if recipe.in_epochs is not None:  # MAE's: whole epochs, and the forwards made of the one begun
         warmup, end = recipe.in_epochs
         epoch, update = divmod(step, recipe.steps // end)
@@ -643,7 +1027,6 @@ def _published_lr(recipe: Recipe, step: int) -> float:
 def test_every_preset_has_its_figures_here() -> None:
     presets = {path.stem: path.read_text(encoding="utf-8") for path in (conf_dir() / "experiment").glob("*.yaml")}
     pipelines = {name for name, text in presets.items() if "override /pipeline" in text}
-    assert pipelines == {"mae_cifar10", "convergence", "token_labeling_cifar10"}
     assert RECIPES.keys() == presets.keys() - pipelines
 
 
@@ -657,7 +1040,7 @@ def test_batch_clip_and_length_are_the_recipes(name: str, config: RunConfig) -> 
     assert config.stage.name == recipe.stage
     assert config.stage.head == (recipe.head or ("auto" if recipe.stage == "pretrain" else "fresh"))
     assert (config.stage.head_init, config.stage.train_blocks) == (recipe.head_init, recipe.train_blocks)
-    assert config.train.ema_decay == recipe.ema
+    assert (config.train.ema_decay, config.train.repeats) == (recipe.ema, recipe.repeats)
 
 
 @each_recipe
@@ -693,11 +1076,11 @@ def test_weight_decay_acts_on_kernels_and_layers_learn_at_the_recipes_rates(name
     groups = parameter_groups(method, **rules)
     decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    kernels = {name for name, p in trained.items() if name.endswith(".weight") and p.ndim > 1}
+    kernels = {name for name, p in trained.items() if recipe.decays_all or (name.endswith(".weight") and p.ndim > 1)}
     tokens = {name for name in trained if name.endswith(recipe.decayed_tokens)} if recipe.decayed_tokens else set()
     assert len(tokens) == len(recipe.decayed_tokens)
     assert decayed == (kernels | tokens if recipe.weight_decay else set())
-    assert {group["weight_decay"] for group in groups} == {recipe.weight_decay, 0.0}
+    assert {group["weight_decay"] for group in groups} == {recipe.weight_decay, *([] if recipe.decays_all else [0.0])}
     layers = 1 if recipe.layer_decay == 1 else recipe.model["depth"] + 2
     layers = layers if recipe.train_blocks == "all" or layers == 1 else int(recipe.train_blocks) + 1
     scales = sorted({group["lr_scale"] for group in groups}, reverse=True)
@@ -724,30 +1107,39 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
     crop = getattr(train, "crop", train)
     found = {key: getattr(crop, key) for key in recipe.crop if key != "interpolation"}
     if "interpolation" in recipe.crop:
-        assert crop.interpolation == recipe.crop["interpolation"]
-        assert evaluated.resized["interpolation"] == {"random": "bicubic"}.get(crop.interpolation, crop.interpolation)
-    assert type(crop).__name__ == ("ResizedCropFlip" if "area" in recipe.crop else "PadCropFlip")
+        drawn = crop.interpolation if "area" in recipe.crop else crop.resized["interpolation"]
+        assert drawn == recipe.crop["interpolation"]
+        assert evaluated.resized["interpolation"] == {"random": "bicubic"}.get(drawn, drawn)
+    kinds = {"SimpleRandomCrop": recipe.crop == SIMPLE_CROP, "ResizedCropFlip": "area" in recipe.crop}
+    assert type(crop).__name__ == next((kind for kind, fits in kinds.items() if fits), "PadCropFlip")
     for key, value in found.items():
         assert list(_listed(value)) == pytest.approx(list(_listed(recipe.crop[key]))), key
     assert tuple(crop.size) == tuple(evaluated.size) == (recipe.image_size, recipe.image_size)
     assert evaluated.crop_fraction == recipe.crop_fraction
     assert config.method.get("label_smoothing", 0.0) == recipe.label_smoothing
     assert {key: config.method[key] for key in recipe.method} == recipe.method
-    assert isinstance(train, AugmentedWhole) == name.startswith("lvvit_")
+    assert isinstance(train, AugmentedWhole) == (recipe.crop == LVVIT_CROP)
     assert getattr(train, "flip", 0.5) == 0.5 or config.data["name"] == "digits"
-    if recipe.imagenet_statistics:
-        assert (config.data["mean"], config.data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    if recipe.statistics is not None:
+        assert (config.data["mean"], config.data["std"]) == recipe.statistics
     mix: Any = None if config.augment["batch"] is None else build(config.augment["batch"])
     if recipe.mixed is not None:
-        erasing, mixing = mix.steps
-        strengths = erasing.prob, mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing
-        assert strengths == recipe.mixed
+        steps = {type(step).__name__: step for step in getattr(mix, "steps", [mix])}
+        erasing, mixing = steps.get("RandomErasing"), steps["Mix"]
+        strengths = mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing
+        assert (0.0 if erasing is None else erasing.prob, *strengths) == recipe.mixed
+        assert recipe.erased_last == (list(steps) == ["Mix", "RandomErasing"])
         assert (mixing.prob, mixing.switch_prob, mixing.mode) == (1.0, 0.5, "batch")
     elif recipe.mixup is None:
         assert mix is None
     else:
         assert (type(mix).__name__, mix.alpha, mix.label_smoothing) == ("RolledMixup", recipe.mixup, 0.0)
-    if recipe.policy is not None:
+    if recipe.three_augment:
+        one_of_three, jitter = train.steps
+        assert (type(one_of_three).__name__, type(jitter).__name__) == ("ThreeAugment", "ColorJitter")
+        assert (one_of_three.threshold, list(one_of_three.radius)) == (128, [0.1, 2.0])
+        assert [strength for _, strength in jitter.parts] == [0.3, 0.3, 0.3]
+    elif recipe.policy is not None:
         assert [type(step).__name__ for step in train.steps] == ["RandAugment"]
         assert config.augment["policy"] == recipe.policy
         drawn = isinstance(train.steps[0]._augment.ops[0].kwargs["resample"], tuple)
@@ -762,6 +1154,145 @@ def test_pictures_are_changed_as_the_recipe_says(name: str, config: RunConfig) -
         assert cut_out.keywords["reach"] * 224 == pytest.approx(40)
         (shift,) = {operation.hparams["translate_pct"] for operation in operations}
         assert shift * 224 == pytest.approx(100)
+
+
+# ---- DeiT's, T2T-ViT's and LV-ViT's presets against the numbers of their official code ------------------------------
+@pytest.mark.parametrize(
+    ("name", "curve"),
+    [
+        ("deit_tiny", "deit/deit_bs1024"),
+        ("deit_small", "deit/deit_bs1024"),
+        ("deit_base", "deit/deit_bs1024"),
+        ("deit_base_distilled", "deit/deit_bs1024"),
+        ("deit3_small", "deit/deit3_small_800ep"),
+        ("t2t_7", "t2t/t2t_7_4gpu"),
+        ("t2t_14", "t2t/t2t_14_8gpu"),
+        ("t2t_24", "t2t/t2t_14_8gpu"),
+        ("lvvit_small", "lv/lvvit_s"),
+        ("lvvit_large", "lv/lvvit_l"),
+        ("lvvit_finetune_384", "lv/finetune384"),
+        ("t2t_24_token_labeling", "lv/lvvit_s"),
+    ],
+)
+def test_the_rate_of_every_epoch_is_that_of_the_official_code(name: str, curve: str, config: RunConfig) -> None:
+    with np.load(GOLDEN / "schedules_lvvit_deit_t2t.npz") as golden:
+        official = golden[curve]
+    np.testing.assert_allclose(_rates(config, IMAGENET), np.repeat(official, 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["deit_small", "deit3_small", "deit_finetune_384"])
+def test_without_its_delay_deits_rate_is_what_it_is_with_it_an_epoch_later(
+    name: str, config: RunConfig, empty_file: Path
+) -> None:
+    late, mended = (_rates(c, IMAGENET) for c in (config, _composed(name, empty_file, "schedule.lag_epochs=0")))
+    assert mended[:-3] == late[3:]
+    assert late[:6] == [1e-6] * 6
+    assert mended[3] > 1e-6
+
+
+def _rates(config: RunConfig, num_train: int) -> list[float]:
+    """Of every update, three an epoch."""
+    schedule, peak = build(config.schedule), _peak(config, num_train)
+    horizon = plan_horizon(3, accumulate=1, epochs=config.train.epochs, max_steps=None)
+    return [schedule(horizon.progress(step), lr=peak) for step in range(horizon.num_updates)]
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "depth"),
+    [
+        ("deit_tiny_distilled", "deit", 1),
+        ("deit_small_distilled", "deit", 1),
+        ("deit_base_distilled", "deit", 1),
+        ("deit_finetune_384_distilled", "deit", 1),
+        ("t2t_7", "t2t", 1),
+        ("t2t_14", "t2t", 1),
+        ("lvvit_small", "lv", 2),
+        ("lvvit_finetune_384", "lv", 2),
+    ],
+)
+def test_what_decays_is_what_decays_in_the_official_code(
+    name: str, official: str, depth: int, empty_file: Path
+) -> None:
+    config = _composed(name, empty_file, f"model.depth={depth}")
+    golden = json.loads((GOLDEN / "optim_weight_decay_groups.json").read_text(encoding="utf-8"))[official]["groups"]
+    rules = {key: config.optim[key] for key in ("weight_decay", "layer_decay", "no_decay")}
+    groups = parameter_groups(_method(config, RECIPES[name]), **rules)
+    for decays, theirs in zip((False, True), golden, strict=True):
+        ours = {n.removeprefix("backbone.") for g in groups if bool(g["weight_decay"]) == decays for n in g["names"]}
+        assert ours == set(theirs["names"])
+
+
+# The published models that a preset's header reaches by settings: parameters, and what else is published of them.
+VARIED = {
+    "t2t_7 model=t2t_10": (5_889_230, {"model.depth": 10}),
+    "t2t_7 model=t2t_12": (6_941_902, {"model.depth": 12}),
+    "t2t_14 model=t2t_t_14": (21_541_070, {"model.token_module": "transformer"}),
+    "t2t_14 model.image_size=384": (21_545_550 + 380 * 384, {"model.drop_path": 0.1}),
+    "t2t_19 model=t2t_t_19": (39_172_942, {"model.drop_path": 0.1}),
+    "t2t_24 model=t2t_t_24": (64_101_454, {"model.drop_path": 0.1}),
+    "t2t_transfer model=t2t_19": (39_177_422, {"model.drop_path": 0.1}),
+    "deit3_finetune_224 model=deit3_large model.drop_path=0.45": (
+        304_326_632 - 1024 + 48 * 1024,
+        {"model.image_size": 224, "model.drop_path": 0.45, "train.batch_size": 64},
+    ),
+    "deit3_finetune_224 model=deit3_huge model.drop_path=0.55 train.batch_size=32 train.accumulate=16": (
+        632_045_800 - 1280 + 64 * 1280,
+        {"model.image_size": 224, "model.drop_path": 0.55, "train.batch_size": 32},
+    ),
+    "deit3_finetune_384 model=deit3_base model.drop_path=0.2": (86_585_320 + 380 * 768, {"model.drop_path": 0.2}),
+    "deit3_finetune_384 model=deit3_large model.drop_path=0.45": (
+        304_326_632 - 1024 + 48 * 1024 + 380 * 1024,
+        {"model.drop_path": 0.45},
+    ),
+    "deit3_imagenet21k model=deit3_small model.drop_path=0.05 train.batch_size=128 train.accumulate=16": (
+        22_059_496,
+        {"model.drop_path": 0.05, "train.batch_size": 128},
+    ),
+    "deit3_imagenet21k model=deit3_large model.drop_path=0.3": (
+        304_326_632 - 1024 + 48 * 1024,
+        {"model.drop_path": 0.3, "train.batch_size": 64},
+    ),
+    "deit3_imagenet21k model=deit3_huge model.drop_path=0.5 model.image_size=126 train.epochs=90": (
+        632_045_800 - 1280 + 64 * 1280 - (256 - 81) * 1280,
+        {"model.drop_path": 0.5, "train.epochs": 90},
+    ),
+    "deit3_finetune_imagenet model=deit3_small model.drop_path=0.05 train.batch_size=128 train.accumulate=16": (
+        22_059_496,
+        {"model.drop_path": 0.05},
+    ),
+    "deit3_finetune_imagenet model=deit3_large model.drop_path=0.4": (
+        304_326_632 - 1024 + 48 * 1024,
+        {"model.drop_path": 0.4},
+    ),
+    "deit3_finetune_imagenet model=deit3_huge model.drop_path=0.45": (
+        632_045_800 - 1280 + 64 * 1280,
+        {"model.drop_path": 0.45, "model.image_size": 224},
+    ),
+}
+
+
+@pytest.mark.parametrize("command", VARIED)
+def test_the_headers_commands_are_the_other_published_models(command: str, empty_file: Path) -> None:
+    name, *overrides = command.split()
+    parameters, said = VARIED[command]
+    config = _composed(name, empty_file, *overrides)
+    with torch.device("meta"):
+        assert count_parameters(build({**config.model, "num_classes": 1000})) == parameters
+    sections: dict[str, Any] = {"model": config.model, "train": vars(config.train)}
+    assert {key: sections[key.partition(".")[0]][key.partition(".")[2]] for key in said} == said
+    base = RECIPES[name]
+    assert config.train.batch_size * config.train.accumulate == base.batch[0] * base.batch[1]
+
+
+def test_every_command_of_a_header_with_another_model_is_one_of_those() -> None:
+    found = set()
+    for path in (conf_dir() / "experiment").glob("*.yaml"):
+        if path.stem.startswith(("deit", "t2t")):
+            header = re.sub(r"\\\n#\s+", "", path.read_text(encoding="utf-8"))
+            for words in re.findall(r"vitexp experiment=(.*)", header):
+                kept = [w for w in words.split() if "<" not in w and "…" not in w and not w.startswith("data")]
+                found |= {" ".join(kept)} if len(kept) > 1 else set()
+    assert found == VARIED.keys()
 
 
 # ---- MAE's presets against the numbers of its official code, at tiny sizes -------------------------------------------
@@ -948,7 +1479,7 @@ def test_the_header_and_the_table_say_what_to_expect(name: str, repository: Path
 def _method(config: RunConfig, recipe: Recipe) -> nn.Module:
     with torch.device("meta"):
         backbone = build({**config.model, "num_classes": recipe.num_classes})
-        method = build(config.method, backbone=backbone)
+        method = build_method(config, backbone, None)
     freeze(backbone, config.stage.train_blocks)
     return method
 
