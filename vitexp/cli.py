@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train, evaluate, save and track one run (when no command is named)",
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
     "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
+    "lr_finder": "learning rates at which a run would learn, from one sweep through them (overrides, lr_min=, lr_max=)",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
     "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",

@@ -115,6 +115,37 @@ def lr_curve(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def lr_range(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float] | np.ndarray,
+    path: str | Path,
+    *,
+    marks: Mapping[str, float],
+) -> Path:
+    """Losses of updates at growing learning rates on a logarithmic axis, faint under their smoothed curve; each named
+    rate of `marks` a line. What rises beyond the first losses is cut off: how far a run diverges says nothing."""
+    height = 3.0
+    figure = _figure(6.4, height)
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.45 / height, top=1 - 0.4 / height)
+    _quiet(ax)
+    _text(ax.set_title("training loss by learning rate", loc="left", pad=3), size=_TITLE)
+    curve = np.asarray(smoothed, np.float64)
+    ax.set_xscale("log")
+    ax.plot(rates, losses, color=_COLOURS[0], lw=0.7, alpha=0.3)
+    ax.plot(rates, curve, color=_COLOURS[0], lw=1.4, label="smoothed loss")
+    for (name, rate), colour in zip(marks.items(), _COLOURS[1:], strict=False):
+        ax.axvline(rate, color=colour, lw=1.1, ls=(0, (4, 3)), label=f"{name}  {rate:.3g}")
+    low, start = float(curve.min()), float(curve[: max(1, len(curve) // 10)].max())
+    margin = 0.15 * max(start - low, 1e-3 * abs(low), 1e-9)
+    ax.set_ylim(low - margin, max(start, low) + 3 * margin)
+    ax.xaxis.set_major_formatter(_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")))
+    _text(ax.set_xlabel("learning rate"), colour=_SOFT)
+    _legend(ax)
+    return _save(figure, path)
+
+
 def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> Path:
     """The (k, k) counts of true by predicted class, coloured by their share of the true class.
 
