@@ -74,15 +74,39 @@ def test_layers_follow_timms_order() -> None:
     assert [vit.layer_of(n) for n in ("cls_token", "blocks.0.norm1.weight", "head.weight")] == [0, 1, vit.num_layers]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "deit3_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_dinov2",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",  # pools by attention
+        "test_vit",  # dynamic_img_size
+    ],
+)
 def test_plain_vits_have_the_seam(name: str) -> None:
     size = 28 if "14" in name else 32
     model = TimmBackbone(name, **TINY | {"image_size": size}).eval()
     images = torch.randn(2, 3, size, size)
     features = model.encode(model.embed(images))
     whole = model.timm_model.forward_features(images)
-    torch.testing.assert_close(features.cls, whole[:, 0])
+    if features.cls is not None:
+        torch.testing.assert_close(features.cls, whole[:, 0])
     torch.testing.assert_close(features.patches, whole[:, model.timm_model.num_prefix_tokens :])
+    torch.testing.assert_close(model.classify(model.pooled(features)), model(images))
+    keep = torch.tensor([[3, 0], [1, 1]])
+    picked = torch.stack([model.embed(images)[i, keep[i]] for i in range(2)])
+    assert torch.equal(model.embed(images, keep), picked)
+    height, width = model.patch_size
+    assert (height * model.grid_size[0], width * model.grid_size[1]) == (size, size)
+    assert features.patches.shape[-1] == model.embed_dim
+
+
+def test_a_stem_that_sees_beyond_its_patch_is_no_patch_embedding() -> None:
+    model = TimmBackbone("vit_tiny_r_s16_p8_224", num_classes=0, image_size=32)
+    with pytest.raises(UserError, match=r"vit_tiny_r_s16_p8_224: its stem, HybridEmbed, looks beyond a patch"):
+        _ = model.patch_size
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "deit_tiny_distilled_patch16_224"])

@@ -20,7 +20,7 @@ from vitexp.types import Batch, Features, Method, Progress, StepOutput
 Labels = Literal["tokens", "picture", "ground_truth"]
 
 HEAD_STD = 0.02  # of a token classifier's first weights, as of LV-ViT's
-SEAM = ("embed", "encode", "pooled", "classify", "grid_size")
+SEAM = ("embed", "encode", "pooled", "classify", "grid_size", "embed_dim")
 NO_BOX: Box = (0, 0, 0, 0)
 
 
@@ -62,9 +62,9 @@ class TokenLabeling(Method):
         self.token_head: nn.Linear | None = None
         if labels == "picture":
             return
-        if missing := [name for name in SEAM if not hasattr(backbone, name)]:
+        if reason := _no_tokens(backbone):
             raise UserError(
-                f"method.labels={labels}: {type(backbone).__name__} hands out no tokens to teach (no {missing[0]}); "
+                f"method.labels={labels}: {type(backbone).__name__} hands out no tokens to teach ({reason}); "
                 "method.labels=picture works with any model"
             )
         if not hasattr(backbone, "token_logits"):
@@ -157,3 +157,12 @@ class TokenLabeling(Method):
         if self.token_head is None:
             return backbone.token_logits(features)
         return backbone.classify(backbone.pooled(features)), self.token_head(features.patches)
+
+
+def _no_tokens(backbone: nn.Module) -> str | None:
+    """Why tokens of this model cannot be taught; None where they can."""
+    try:
+        missing = [name for name in SEAM if getattr(backbone, name, None) is None]
+    except UserError as error:  # of a timm model that is no plain ViT
+        return str(error)
+    return f"no {missing[0]}" if missing else None

@@ -35,8 +35,7 @@ class TokenLogits(NamedTuple):
 class ConvStem(PatchEmbed):
     """Patch tokens from three convolutions with BatchNorm and ReLU, then a patch embedding of what they give.
 
-    Kernels 7, 3, 3; the first halves the picture, so that the patches embedded are half the picture's, 8 of 16 px.
-    With `keep` only these patches are embedded, but the convolutions see the whole picture."""
+    Kernels 7, 3, 3; the first halves the picture, so that the patches embedded are half the picture's, 8 of 16 px."""
 
     def __init__(self, *, patch_size: tuple[int, int], in_channels: int, channels: int, embed_dim: int) -> None:
         height, width = patch_size
@@ -48,11 +47,11 @@ class ConvStem(PatchEmbed):
         self.conv3 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         maps = F.relu(self.bn1(self.conv1(images)), inplace=True)
         maps = F.relu(self.bn2(self.conv2(maps)), inplace=True)
         maps = F.relu(self.bn3(self.conv3(maps)), inplace=True)
-        return super().forward(maps, keep)
+        return super().forward(maps)
 
 
 class LVViT(VisionTransformer):
@@ -62,6 +61,7 @@ class LVViT(VisionTransformer):
     divides the output of every attention and MLP before it joins the stream. `drop_path` leaves out branches of single
     samples, with a probability that grows linearly from 0 at the first block to this value at the last.
     `token_head=False` leaves the tokens' classifier out, as the official model trained without token labels does.
+    The stem's convolutions look beyond a patch, so none can be left out: `embed` has no `keep`.
 
     `output`, in training as in evaluation, of the class token's logits and the tokens': cls_plus_max is
     cls + 0.5 * the greatest of each class over the tokens, with which all published numbers were reached;
@@ -130,6 +130,12 @@ class LVViT(VisionTransformer):
         self.aux_head = self._new_aux_head(std=HEAD_INITS["timm"])
 
     # ---- forward -------------------------------------------------------------------------------------------------
+    def embed(self, images: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        """(b, patches, d) tokens with their positions added, in raster order, without class token. Raises UserError
+        for pictures of another size or number of channels than the model was built for."""
+        self.check_pictures(images)
+        return self.patch_embed(images) + self.pos_embed[:, self.prefix_positions :]
+
     def token_logits(self, features: Features) -> TokenLogits:
         """The class token's and every patch token's logits. Raises UserError for a model without tokens' classifier."""
         if self.aux_head is None:

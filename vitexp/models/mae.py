@@ -239,17 +239,35 @@ def masked_autoencoder(
     )
 
 
+# Layers between tokens and classifier, and what leaves them out.
+_OF_TIMM = "model.options={global_pool: token}"
+_READ_BY_A_CLASSIFIER = {
+    "fc_norm": f"model.norm=before_pool, of a timm model {_OF_TIMM}",
+    "pre_logits": "model.representation_dim=null",
+    "attn_pool": _OF_TIMM,
+}
+
+
 def _check_encoder(encoder: Any) -> None:
     name, embed = type(encoder).__name__, getattr(encoder, "embed", None)
     if not callable(getattr(encoder, "encode", None)) or embed is None:
         raise UserError(f"model {name}: a masked autoencoder needs a backbone with embed() and encode(), as model=vit")
     if "keep" not in inspect.signature(embed).parameters:
         raise UserError(
-            f"model {name}: its embed() cannot leave patches out (keep=); a masked autoencoder needs model=vit"
+            f"model {name}: its embed() cannot leave patches out (keep=); where tokens see beyond their patches, "
+            "hidden pixels would show.\nMAE needs separate patches: model=vit, deit or a plain timm ViT"
+        )
+    try:
+        placed = None not in (encoder.patch_size, encoder.grid_size)
+    except UserError as error:  # of a timm model that is no plain ViT
+        raise UserError(f"model {name}: a masked autoencoder needs separate patches: {error}") from None
+    if not placed:
+        raise UserError(
+            f"model {name}: its patches have no positions, so nothing tells a masked autoencoder which it sees"
         )
     if encoder.num_classes != 0:
         raise UserError(f"model.num_classes={encoder.num_classes}: a masked autoencoder's encoder has no classifier: 0")
-    for part, option in (("fc_norm", "model.norm=before_pool"), ("pre_logits", "model.representation_dim=null")):
+    for part, option in _READ_BY_A_CLASSIFIER.items():
         if any(True for _ in getattr(encoder, part, nn.Identity()).parameters()):
             raise UserError(f"model.{part} would never be trained by a masked autoencoder: {option}")
 

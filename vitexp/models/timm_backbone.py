@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
@@ -18,13 +20,21 @@ from vitexp.models.vit import HEAD_INITS
 from vitexp.types import Features
 
 
+@dataclass(frozen=True)
+class TimmFeatures(Features):
+    """Features of a plain timm ViT."""
+
+    tokens: Tensor  # (b, prefix tokens + n, d) all of them, as timm's own pooling takes them
+
+
 class TimmBackbone(nn.Module):
     """Logits (b, num_classes) from pictures, computed by `timm.create_model(name)`.
 
     Parameter names and state-dict keys are the timm model's own. `image_size` is handed to models built for one size
     (ViTs); a convolutional network takes any and is made as timm makes it. `pretrained` downloads timm's weights.
-    `options` are further arguments of timm's constructor, such as {drop_rate: 0.1}. `embed` and `encode` exist for
-    timm's plain ViTs only. Raises UserError for unknown names and for options that the model does not have."""
+    `options` are further arguments of timm's constructor, such as {drop_rate: 0.1}. The seam, from `embed` to
+    `classify`, and what a masked autoencoder asks exist for timm's plain ViTs only. Raises UserError for unknown names
+    and for options that the model does not have."""
 
     timm_model: Any  # the nn.Module that timm made; its members differ from model to model
 
@@ -82,13 +92,17 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.timm_model(images)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(b, patches, d) patch tokens with their positions, without class token. UserError unless a plain ViT."""
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(b, patches, d) patch tokens with their positions, without class token. UserError unless a plain ViT.
+
+        With `keep` (b, m), raster positions, (b, m, d) of these patches in that order."""
         vit = self._plain_vit()
         tokens = vit.patch_embed(images)
-        return tokens if vit.pos_embed is None else tokens + vit.pos_embed[:, self._num_rows_before_patches(vit) :]
+        tokens = tokens.flatten(1, 2) if vit.dynamic_img_size else tokens  # (b, gh, gw, d) then
+        tokens = tokens if vit.pos_embed is None else tokens + vit.pos_embed[:, self._num_rows_before_patches(vit) :]
+        return tokens if keep is None else tokens.take_along_dim(keep[..., None], dim=1)
 
-    def encode(self, tokens: Tensor) -> Features:
+    def encode(self, tokens: Tensor) -> TimmFeatures:
         """Features of any patch tokens from `embed`. UserError unless a plain ViT."""
         vit = self._plain_vit()
         prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
@@ -104,7 +118,15 @@ class TimmBackbone(nn.Module):
             tokens = vit.blocks(tokens)
         tokens = vit.norm(tokens)
         cls = tokens[:, 0] if vit.cls_token is not None else None
-        return Features(cls=cls, patches=tokens[:, vit.num_prefix_tokens :])
+        return TimmFeatures(cls=cls, patches=tokens[:, vit.num_prefix_tokens :], tokens=tokens)
+
+    def pooled(self, features: TimmFeatures) -> Tensor:
+        """(b, d) one vector a picture: what the classifier reads, by timm's own pooling."""
+        return self._plain_vit().forward_head(features.tokens, pre_logits=True)
+
+    def classify(self, vectors: Tensor) -> Tensor:
+        """Logits from `pooled` vectors."""
+        return self._plain_vit().head(vectors)
 
     # ---- what training and loading ask ---------------------------------------------------------------------------
     @cached_property
@@ -138,6 +160,28 @@ class TimmBackbone(nn.Module):
         grid = getattr(getattr(self.timm_model, "patch_embed", None), "grid_size", None)
         return tuple(grid) if grid is not None and getattr(self.timm_model, "pos_embed", None) is not None else None
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of the tokens. UserError unless a plain ViT."""
+        return self._plain_vit().embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand in front of the patches'. UserError unless a plain ViT."""
+        return self._plain_vit().num_prefix_tokens
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) in pixels. UserError unless a plain ViT that embeds each patch by itself."""
+        vit = self._plain_vit()
+        if type(vit.patch_embed) is not PatchEmbed:
+            stem = type(vit.patch_embed).__name__
+            raise UserError(
+                f"model.name={self.name}: its stem, {stem}, looks beyond a patch; patches cannot be left out"
+            )
+        height, width = vit.patch_embed.patch_size
+        return int(height), int(width)
+
     def reset_head(self, num_classes: int, *, init: str = "zero") -> None:
         """A new classifier for `num_classes` (0: none) on the same device; `init` as for the ViT. Raises UserError."""
         std = HEAD_INITS[one_of("init", init, tuple(HEAD_INITS))]
@@ -156,7 +200,7 @@ class TimmBackbone(nn.Module):
         plain = isinstance(vit, TimmViT) and all(
             getattr(type(vit), method) is getattr(TimmViT, method) for method in ("_pos_embed", "forward_features")
         )
-        if not plain or vit.dynamic_img_size:
+        if not plain:
             raise UserError(
                 f"model.name={self.name}: only a plain timm ViT can be split into embed and encode; "
                 "use one such as vit_small_patch16_224, or our own model=vit_small"
