@@ -27,6 +27,8 @@ COMMANDS = {
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
     "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",
+    "list": "what a group can be set to, a line each (list [models, experiments, optim, …, timm] [filter] params=true)",
+    "completion": "lets a shell complete all this: eval `vitexp completion bash`, or zsh, fish",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -178,7 +180,7 @@ def help_text(config_dir: str | None) -> str:
     from vitexp.config_paths import config_groups
 
     lines = ["vitexp: Vision Transformer experiments", "", "  python -m vitexp [command] [key=value …]", "", "commands"]
-    lines += [f"  {name:<10}{words}" for name, words in COMMANDS.items()]
+    lines += [f"  {name:<12}{words}" for name, words in COMMANDS.items()]
     lines += ["", "groups and their options (group=option)"]
     for group, options in config_groups(config_dir).items():
         lines += textwrap.wrap(" ".join(options), 108, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
