@@ -26,6 +26,7 @@ COMMANDS = {
     "lr_finder": "learning rates at which a run would learn, from one sweep through them (overrides, lr_min=, lr_max=)",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
+    "compare": "finished runs side by side on the same pictures (compare <run> <run> …), with intervals and tests",
     "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",
     "list": "what a group can be set to, a line each (list [models, experiments, optim, …, timm] [filter] params=true)",
     "completion": "lets a shell complete all this: eval `vitexp completion bash`, or zsh, fish",
@@ -42,7 +43,8 @@ EXAMPLES = (
     ("python -m vitexp label teacher=outputs/… output=maps", "what a run sees at each place of its pictures"),
     ("python -m vitexp plan model=vit_base train.batch_size=256", "what a run would cost"),
 )
-HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--multirun", "-m")
+MULTIRUN = ("--multirun", "-m")
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", *MULTIRUN)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,6 +68,9 @@ def _run(arguments: list[str]) -> int:
             raise UserError(
                 f"{command!r}: no such command.{nearest(command, COMMANDS)}\ncommands: {', '.join(COMMANDS)}"
             )
+    if command == "train" and (sweep := _sweep(arguments)) is not None:
+        overrides, config_dir = sweep
+        return importlib.import_module("vitexp.sweep").main(overrides, config_dir)
     if command == "train" and any(argument in HYDRA_FLAGS for argument in arguments):
         return _hydra(arguments)
     config_dir = _take_option(arguments, "--config-dir", "-cd")
@@ -102,15 +107,15 @@ def _hydra(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from vitexp.config import check, register_resolvers, request_of
+    from vitexp.config import check, register_resolvers, request_of, sweep_axes
     from vitexp.config_paths import conf_dir
     from vitexp.launch import complain, run_in_processes
 
     rest = list(arguments)
     config_dir = _take_option(rest, "--config-dir", "-cd")
     swept: list[str] = []
-    if "--multirun" in rest or "-m" in rest:
-        axes = sweep_axes([text for text in rest if not text.startswith("-")])
+    if any(text in MULTIRUN for text in rest):
+        axes = sweep_axes([text for text in rest if not text.startswith("-")], config_dir)
         swept = [values[0].partition("=")[0] for values in axes if len(values) > 1]
         # Jobs that together show every value of every axis once: enough to find each typo, however large the sweep.
         for values in itertools.zip_longest(*axes):
@@ -140,6 +145,17 @@ def _hydra(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _sweep(arguments: list[str]) -> tuple[list[str], str | None] | None:
+    """(overrides, folder of own groups) of a sweep that is run here; None where it is none, or one of Hydra's own
+    launchers and sweepers shall run it."""
+    rest = list(arguments)
+    config_dir = _take_option(rest, "--config-dir", "-cd")
+    overrides = [text for text in rest if text not in MULTIRUN]
+    if len(overrides) == len(rest) or any(text.startswith(("-", "hydra")) for text in overrides):
+        return None
+    return overrides, config_dir
+
+
 def _checked(overrides: list[str], config_dir: str | None) -> RunConfig:
     from vitexp.config import compose_and_check
     from vitexp.tracking import resolve_uri
@@ -147,19 +163,6 @@ def _checked(overrides: list[str], config_dir: str | None) -> RunConfig:
     config = compose_and_check(overrides, config_dir)
     resolve_uri(config.tracking.get("uri"), Path("outputs"))
     return config
-
-
-def sweep_axes(overrides: list[str]) -> list[list[str]]:
-    """Each override as the list of those it stands for in a sweep: `optim=adam,sgd` as two, a plain one as itself."""
-    from vitexp.config import parse_overrides
-
-    axes = []
-    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
-        if override.is_discrete_sweep():
-            axes.append([f"{text.partition('=')[0]}={value}" for value in override.sweep_string_iterator()])
-        else:
-            axes.append([text])
-    return axes
 
 
 def _take_option(arguments: list[str], *names: str) -> str | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -101,18 +102,60 @@ TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig}
 
 
 def register_resolvers(swept: Collection[str] = ()) -> None:
-    """`${sweep_slug:}`: a short folder name for a sweep's job, the same for the same overrides in any order.
+    """`${sweep_slug:}`: sweep_slug of the job that Hydra composes."""
+
+    def slug(*, _root_: DictConfig) -> str:
+        return sweep_slug(_root_.hydra.overrides.task, swept)
+
+    OmegaConf.register_new_resolver("sweep_slug", slug, replace=True)
+
+
+def sweep_slug(overrides: Iterable[str], swept: Collection[str]) -> str:
+    """A short folder name for a sweep's job, the same for the same overrides in any order.
 
     It is made of the values of the `swept` keys, where they are known, and a hash of all overrides."""
+    overrides = sorted(overrides)
+    named = [text for text in overrides if text.partition("=")[0].lstrip("+~") in swept] or overrides
+    pairs = [text.partition("=") for text in named]
+    words = [re.sub(r"[^A-Za-z0-9.]+", "-", f"{k.rpartition('.')[2]}-{v}").strip("-") for k, _, v in pairs]
+    return f"{'_'.join(words)[:60]}-{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:6]}"
 
-    def sweep_slug(*, _root_: DictConfig) -> str:
-        overrides = sorted(_root_.hydra.overrides.task)
-        named = [text for text in overrides if text.partition("=")[0] in swept] or overrides
-        pairs = [text.partition("=") for text in named]
-        words = [re.sub(r"[^A-Za-z0-9.]+", "-", f"{k.rpartition('.')[2]}-{v}").strip("-") for k, _, v in pairs]
-        return f"{'_'.join(words)[:60]}-{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:6]}"
 
-    OmegaConf.register_new_resolver("sweep_slug", sweep_slug, replace=True)
+def sweep_axes(overrides: Iterable[str], config_dir: str | None = None) -> list[list[str]]:
+    """Each override as the list of those it stands for in a sweep: `optim=adam,sgd` as two, a plain one as itself.
+
+    Lists, ranges and glob(...) over a group's options. Raises UserError for an interval, which has no steps."""
+    overrides = list(overrides)
+    axes = []
+    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
+        key = override.get_key_element()
+        pattern: Any = override.value()
+        if isinstance(pattern, Glob):
+            options = config_groups(config_dir).get(override.key_or_group)
+            if options is None:
+                raise UserError(f"{text}: glob chooses options of a group, and {override.key_or_group} is none")
+            values = pattern.filter(options)
+            if not values:
+                raise UserError(f"{text}: no option of {override.key_or_group} matches; there are {', '.join(options)}")
+            axes.append([f"{key}={value}" for value in values])
+        elif override.is_discrete_sweep():
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif override.is_sweep_override():
+            raise UserError(f"{text}: has no steps to try one after another; give values, or range(first,end,step)")
+        else:
+            axes.append([text])
+    return axes
+
+
+def quoted(value: Any) -> str:
+    """A YAML value as Hydra's command line wants it."""
+    if isinstance(value, str):  # a backslash is one there, but for those right before a quote
+        return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value) + "'"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{quoted(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(quoted(one) for one in value) + "]"
+    return json.dumps(value)
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
@@ -178,6 +221,21 @@ def pipeline_settings(overrides: list[str], config_dir: str | None = None) -> di
     return _plain(composed.pipeline, resolve=False)
 
 
+def sweep_settings(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
+    """The `sweep` part of what these overrides compose. Raises UserError for a key that it does not have."""
+    of_it = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "sweep"]
+    parsed = parse_overrides(of_it)
+    _, choices = _group_overrides(parsed, config_dir)
+    known = _plain(_compose([o.input_line or "" for o in choices], config_dir).sweep, resolve=False)
+    for override in parsed:
+        key = override.key_or_group.removeprefix("sweep.")
+        if override not in choices and key not in known:
+            raise UserError(f"{override.input_line}: no such key.{nearest(key, known)}\nsweep has: {', '.join(known)}")
+    settings = _plain(_compose(of_it, config_dir).sweep, resolve=False)
+    checks.check_values({"sweep": settings}, {"sweep": known})
+    return settings
+
+
 def _group_overrides(parsed: list[Override], config_dir: str | None) -> tuple[dict[str, list[str]], list[Override]]:
     """All groups with their options, and the overrides that choose one. Raises UserError for what is not there."""
     register_resolvers()
@@ -231,7 +289,7 @@ def check(config: DictConfig, *, choices: dict[str, str], defaults: dict[str, An
         raise UserError(
             f"pipeline={choices['pipeline']}: --multirun and the commands take one run; leave it out, give stage=…"
         )
-    config = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "pipeline")])
+    config = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "pipeline", "sweep")])
     raw = _plain(config, resolve=False)
     for key, value in checks.leaves(raw):
         if value == "???":

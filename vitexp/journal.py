@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from vitexp.errors import UserError
 
 TIME_KEY = "perf/time_s"
+JUDGED_BY = ("val/top1", "val/probe_top1", "val/knn_top1")  # by the first of these that it has a run is judged
 _encode = json.JSONEncoder().encode  # writes NaN and Infinity, which json.loads of Python reads back
 
 

@@ -130,12 +130,12 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
                             rank.terminate()
             if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
                 for rank in ranks:
-                    _kill_group(rank)
+                    kill_group(rank)
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         for rank in ranks:
-            _kill_group(rank)
+            kill_group(rank)
     codes = [rank.returncode for rank in ranks]
     killed = [(number, -code) for number, code in enumerate(codes) if code < 0]
     for number, signum in killed:
@@ -148,7 +148,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     return reasons[0] if reasons else 0
 
 
-def _kill_group(rank: subprocess.Popen[bytes]) -> None:
+def kill_group(rank: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads its session, with all that it started."""
     # The rank leads its session, so its loader workers go with it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.pid, signal.SIGKILL)

@@ -25,7 +25,7 @@ from typing import Any
 
 from vitexp.checks import leaves, show
 from vitexp.commands import label
-from vitexp.config import RunConfig, compose_and_check, parse_overrides, pipeline_settings, request_of
+from vitexp.config import RunConfig, compose_and_check, parse_overrides, pipeline_settings, quoted, request_of
 from vitexp.config_paths import config_groups
 from vitexp.errors import UserError, nearest
 from vitexp.launch import ranks_given, run_command, run_in_processes
@@ -334,17 +334,6 @@ def deal_out(overrides: list[str], *, stages: list[str], settings: set[str]) -> 
         elif first not in ("pipeline", "output_dir"):
             common.append(text)
     return common, own
-
-
-def quoted(value: Any) -> str:
-    """A YAML value as Hydra's command line wants it."""
-    if isinstance(value, str):  # a backslash is one there, but for those right before a quote
-        return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value) + "'"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{quoted(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(quoted(one) for one in value) + "]"
-    return json.dumps(value)
 
 
 def folder_of(planned: Pipeline, overrides: list[str], config_dir: str | None) -> Path:

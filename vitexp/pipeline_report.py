@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from vitexp.data.label_store import SPEED, open_store
 from vitexp.run_folder import make_folder, write_atomic
 
 # What a stage is judged by, best first: a classifier's accuracy, else a probe's, else that of nearest neighbours.
-JUDGED_BY = ("val/top1", "val/probe_top1", "val/knn_top1")
 ALSO_SHOWN = ("val/loss", "val_ema/top1", "val/effective_rank")
 # The last of these files in a stage's plots/ is shown.
 PICTURES = (
@@ -63,7 +63,7 @@ class StageResult:
     @property
     def accuracy(self) -> tuple[str, float] | None:
         """(metric, value) that it is judged by; None for a stage that classifies nothing."""
-        return next(((name, self.metrics[name]) for name in JUDGED_BY if name in self.metrics), None)
+        return next(((name, self.metrics[name]) for name in journal.JUDGED_BY if name in self.metrics), None)
 
     def points_over(self, baseline: StageResult | None) -> float | None:
         """Percentage points of accuracy above the baseline's; None where they are not judged by the same metric."""
@@ -93,7 +93,7 @@ def read_run(part: Part) -> StageResult:
     config = yaml.safe_load((part.folder / CONFIG_NAME).read_text(encoding="utf-8"))
     rows = journal.read(part.folder / "metrics.jsonl")
     metrics = {key: value for key, value in summary.items() if key.startswith(("val/", "val_ema/", "train/"))}
-    judged = next((key for key in JUDGED_BY if key in metrics), None)
+    judged = next((key for key in journal.JUDGED_BY if key in metrics), None)
     trained, share = summary["step"] > 0, config["train"]["fraction"]
     seconds = trained_s(rows, summary["global_batch"])
     speed = {"images_per_s": summary["step"] * summary["global_batch"] / seconds} if seconds else {}
@@ -239,18 +239,31 @@ def page(
 ) -> str:
     """The same as one HTML file that needs nothing beside it and no network."""
     columns, *rows = table(results, baseline=baseline)
+    title = f"Pipeline {name}"
+    body = f"<h1>{html.escape(title)}</h1>{html_table(columns, rows)}<p>{html.escape(_reading())}</p>"
+    return html_page(title, body + html_figures(pictures))
+
+
+def html_page(title: str, body: str) -> str:
+    """One file of a body that is HTML already and names nothing outside of it."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
-    figures = "".join(
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_figures(pictures: Iterable[tuple[Path, str]]) -> str:
+    """Pictures (PNG, caption), the files' bytes in the text."""
+    return "".join(
         f'<figure><figcaption>{html.escape(words)}</figcaption><img alt="{html.escape(words)}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
         for path, words in pictures
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Pipeline {html.escape(name)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>Pipeline {html.escape(name)}</h1>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(_reading())}</p>{figures}"
-        "</body></html>\n"
     )
 
 

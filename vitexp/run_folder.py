@@ -165,6 +165,24 @@ class RunLock:
         self.release()
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process writes in the folder now. False where there is no folder."""
+    try:
+        descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def _holder(descriptor: int) -> dict[str, Any]:
     """Who wrote the lock file, waiting a moment for one that has locked it and is about to write; {} if unknown."""
     for _ in range(20):

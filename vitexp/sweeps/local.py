@@ -1,0 +1,165 @@
+"""Jobs of a sweep as processes on this machine, each with its share of cores and GPUs.
+
+A job is `python -m vitexp <overrides>` in a session of its own. It is ended with what it started when it takes too
+long, falls silent, or when whoever started it has died: then the kernel asks it to stop, it saves, and the same command
+finds it whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitexp.launch import kill_group
+from vitexp.sweeps.ledger import State
+
+GRACE_S = 30.0  # from the request to stop until a job is killed: a step, a checkpoint
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds after which a job is stopped; None: never."""
+
+    time_s: float | None = None
+    silence_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of the jobs that run side by side may use."""
+
+    cores: tuple[int, ...]
+    gpus: tuple[str, ...] | None  # None: there are none to divide
+
+
+def shares(jobs: int, *, cores: list[int], gpus: list[str]) -> list[Share]:
+    """One for each of `jobs` at a time. Where there are fewer cores or GPUs than jobs, some have the same one."""
+    return [Share(tuple(_part(cores, jobs, i)), tuple(_part(gpus, jobs, i)) if gpus else None) for i in range(jobs)]
+
+
+def _part(things: list[Any], parts: int, number: int) -> list[Any]:
+    if len(things) < parts:
+        return [things[number % len(things)]]
+    return things[number * len(things) // parts : (number + 1) * len(things) // parts]
+
+
+def cores_here() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def gpus_here() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them; found without starting CUDA, which a process keeps memory for."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip() not in ("", "-1")]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+class Process:
+    """A job that runs. `poll` says what became of it once it is over."""
+
+    def __init__(
+        self, arguments: list[str], *, console: Path, heard: Callable[[], float], share: Share, limits: Limits
+    ):
+        """`heard` is the time (as time.time()) of the last thing that the job wrote elsewhere than to the console."""
+        self.console, self.limits, self._heard = console, limits, heard
+        self.began, self._began_at = time.monotonic(), time.time()
+        self._asked: tuple[State, str, float] | None = None  # what it was asked to stop for, and when
+        self._said_before = console.stat().st_size if console.exists() else 0
+        with console.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vitexp", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=_environment(share),
+                start_new_session=True,
+                preexec_fn=_in_the_child(share, parent=os.getpid()),
+            )
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.began) / 60
+
+    def poll(self) -> tuple[State, str] | None:
+        """What became of it and why, None while it runs; a job over its limits is stopped."""
+        code = self._process.poll()
+        if code is None:
+            self._watch()
+            return None
+        kill_group(self._process)  # what it left behind
+        if code == 0:
+            return "finished", ""  # also where the wish to stop it came too late
+        if self._asked is not None:
+            return self._asked[0], self._asked[1]
+        if code < 0:
+            name = signal.Signals(-code).name
+            return "killed", f"killed by {name}" + (", likely for memory" if -code == signal.SIGKILL else "")
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return "stopped", f"stopped by {signal.Signals(code - 128).name}"
+        return "failed", self._complaint() or f"ended with exit code {code}"
+
+    def stop(self, state: State, reason: str) -> None:
+        """Asks it to save and end; `poll` kills it if it does not."""
+        if self._asked is None:
+            self._asked = state, reason, time.monotonic()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
+    def _watch(self) -> None:
+        if self._asked is not None:
+            if time.monotonic() - self._asked[2] > GRACE_S:
+                kill_group(self._process)
+            return
+        limit = self.limits.time_s
+        if limit is not None and time.monotonic() - self.began > limit:
+            self.stop("timed out", f"took longer than {limit / 60:g} minutes (sweep.time_limit)")
+        limit = self.limits.silence_s
+        if limit is not None and time.time() - max(self._began_at, self._spoke(), self._heard()) > limit:
+            self.stop("hung", f"said nothing for {limit / 60:g} minutes (sweep.silence_limit)")
+
+    def _complaint(self) -> str:
+        """The last error that the job said, in one line."""
+        with self.console.open("rb") as file:
+            file.seek(self._said_before)
+            lines = file.read().decode(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("vitexp: ")]
+        return said[-1].removeprefix("vitexp: ") if said else ""
+
+    def _spoke(self) -> float:
+        try:
+            return self.console.stat().st_mtime
+        except OSError:
+            return 0.0
+
+
+def _environment(share: Share) -> dict[str, str]:
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(len(share.cores))}
+    devices = {} if share.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)}
+    return {**os.environ, **threads, **devices}
+
+
+def _in_the_child(share: Share, *, parent: int) -> Callable[[], None] | None:
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: after it only calls are safe
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, share.cores)
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
