@@ -1461,6 +1461,59 @@ def test_a_preset_of_lvvit_is_planned_and_makes_two_updates_at_a_tiny_size(
     _two_steps_of_lvvit(name, tmp_path / "run", weights=lvvit_weights)
 
 
+# ---- DeiT's and T2T-ViT's presets at a tiny size ---------------------------------------------------------------------
+DEIT_AND_T2T = [name for name in RECIPES if name.startswith(("deit", "t2t"))]
+# Beside those that others start from. What is slow takes the same paths through the code.
+NOT_SLOW = ["deit_finetune_384_distilled", "t2t_24_token_labeling", "t2t_transfer"]
+
+
+def _two_steps_of_deit_or_t2t(name: str, folder: Path, *, weights: Path, teacher: Path) -> dict[str, float]:
+    """The last row of two updates; `weights` and `teacher` are folders of runs, for the recipes that have one."""
+    from vitexp.train import train
+
+    recipe = RECIPES[name]
+    tiny = ["model.image_size=32", "model.embed_dim=48", "model.num_heads=4", "model.depth=2"]
+    tiny += ["model.token_dim=8"] if name.startswith("t2t") else ["model.patch_size=8"]
+    tiny += [f"init_from={weights}"] if recipe.stage != "pretrain" else []
+    tiny += [f"method.teacher={teacher}"] if "teacher" in recipe.method else []
+    if "labels" in recipe.method:
+        source = open_source(compose_and_check(["data=fake", "data.num_train=16", "data.num_val=8"]))
+        tiny += [f"train.token_labels={made_up_store(folder.parent / 'store', source.train, source.classes)}"]
+    config = compose_and_check([f"experiment={name}", *tiny, "debug=fast", f"output_dir={folder}"])
+    assert plan(config, probe=False) == 0
+    assert train(config)["step"] == 2
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert any("val_ema/top1" in row for row in rows) == (recipe.ema is not None)
+    trained = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in trained] == [1, 2]
+    assert all(math.isfinite(row["train/loss"]) for row in trained)
+    return trained[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny trainings of two updates: what the recipes of these beginnings start from."""
+    folder = tmp_path_factory.mktemp("tiny")
+    runs = {"deit": "deit_tiny", "deit3": "deit3_small", "t2t": "t2t_14"}
+    for name in runs.values():
+        _two_steps_of_deit_or_t2t(name, folder / name, weights=Path(), teacher=Path())
+    teacher = folder / "deit_tiny"
+    _two_steps_of_deit_or_t2t("deit_tiny_distilled", folder / "distilled", weights=Path(), teacher=teacher)
+    return {beginning: folder / name for beginning, name in runs.items()} | {"distilled": folder / "distilled"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in NOT_SLOW else pytest.param(n, marks=pytest.mark.slow) for n in DEIT_AND_T2T]
+)
+def test_a_preset_of_deit_or_t2t_is_planned_and_makes_two_updates_at_a_tiny_size(
+    name: str, tiny_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    kind = "distilled" if name.endswith("384_distilled") else name.partition("_")[0]
+    row = _two_steps_of_deit_or_t2t(name, tmp_path / "run", weights=tiny_runs[kind], teacher=tiny_runs["deit"])
+    assert ("train/teacher_top1" in row) == ("teacher" in RECIPES[name].method)
+    assert row["train/lr"] == pytest.approx(1e-6 if RECIPES[name].by_epoch == DEITS else row["train/lr"])
+
+
 @pytest.mark.parametrize("name", config_groups()["experiment"])
 def test_the_header_and_the_table_say_what_to_expect(name: str, repository: Path) -> None:
     header = [line for line in (conf_dir() / f"experiment/{name}.yaml").read_text().splitlines() if line[:1] == "#"]
