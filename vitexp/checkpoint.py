@@ -54,6 +54,7 @@ HARMLESS_KEYS = (
     "train.log_every",
     "train.eval_every",
     "train.workers",
+    "runtime.profile",
 )
 
 

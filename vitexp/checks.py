@@ -75,6 +75,7 @@ RATE = Allowed(0, above=True, none=True)
 RANGES: dict[str, Allowed] = {
     "seed": Allowed(0, 2**63 - 1, whole=True),
     "stage.train_blocks": Allowed(0, whole=True, word="all"),
+    "train.overfit": COUNT_OR_NULL,
     "train.epochs": Allowed(0, above=True, none=True),
     "train.max_steps": COUNT_OR_NULL,
     "train.fraction": Allowed(0, 1, above=True),
@@ -93,6 +94,7 @@ RANGES: dict[str, Allowed] = {
     "sweep.time_limit": Allowed(0, above=True, none=True),
     "sweep.silence_limit": Allowed(0, above=True, none=True),
     "runtime.threads": COUNT_OR_NULL,
+    "runtime.profile": COUNT_OR_NULL,
     "optim.lr": RATE,
     "optim.base_lr": RATE,
     "optim.reference_batch": COUNT,

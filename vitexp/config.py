@@ -58,6 +58,7 @@ class TrainConfig:
     workers: int | None = None
     ema_decay: float | None = None
     log_weights: bool = True
+    overfit: int | None = None
 
 
 @dataclass
@@ -67,6 +68,7 @@ class RuntimeConfig:
     processes: int = 1
     compile: bool = False
     threads: int | None = None
+    profile: int | None = None
 
 
 @dataclass

@@ -44,6 +44,7 @@ RESTORED = "val/reconstruction_"  # arrays of vitexp.evaluators.reconstruction
 PICTURES_EVERY_S = 60.0
 INPUTS_SHOWN, ATTENDED = 24, 5  # pictures in inputs.png and in attention.png
 MIXED = 0.1  # share of a class in a mixed picture from which on it is named: above what label smoothing gives
+NEAR_ZERO = 0.02  # of the first loss
 LARGE_WEIGHTS = 10**9  # bytes; such checkpoints take longer than a person waits without a word
 VERSIONS = ("vitexp", "torch", "torchvision", "timm", "accelerate", "hydra-core", "mlflow", "numpy")
 
@@ -245,6 +246,8 @@ class Books(NoBooks):
             "versions": versions(),
             "git": tracking.git_state(Path.cwd()),
         }
+        if self.run.config.train.overfit is not None:
+            summary["learned_by_heart"] = learned_by_heart(rows)
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         with _optional(self.folder / "plots"):
             draw_pictures(self.run, self.folder / "plots")
@@ -412,11 +415,20 @@ def farewell(folder: Path, summary: dict[str, Any], ui_line: str) -> None:
     }
     lines = [f"result      {_said(told)}"]
     lines = lines if lines[0].strip() != "result" else [f"result      {summary['step']} updates made"]
+    if heart := summary.get("learned_by_heart"):
+        told = f"the loss went from {heart['first_loss']:.4g} to {heart['last_loss']:.3g}"
+        lines.append(f"by heart    {'yes' if heart['near_zero'] else 'no'}: {told}")
     lines += [f"run folder  {folder}", f"curves      {folder / 'plots' / 'curves.png'}"]
     if ui_line:
         lines.append(f"compare     {ui_line}")
     with contextlib.suppress(OSError, ValueError):
         print("\n".join(lines), flush=True)
+
+
+def learned_by_heart(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the training loss came near zero, to NEAR_ZERO of where it began, and from what to what."""
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    return {"near_zero": losses[-1] <= NEAR_ZERO * losses[0], "first_loss": losses[0], "last_loss": losses[-1]}
 
 
 def already_done(folder: Path) -> dict[str, Any]:

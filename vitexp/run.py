@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from vitexp.config import RunConfig, build
 from vitexp.costs import forward_gflops
-from vitexp.data.images import Source, keep_classes, keep_share
+from vitexp.data.images import Source, keep_classes, keep_few, keep_share
 from vitexp.data.label_store import LabelStore, open_store
 from vitexp.data.loader import Split, open_split
 from vitexp.errors import UserError
@@ -27,6 +27,9 @@ from vitexp.runtime import seed_everything
 from vitexp.schedules import Schedule
 from vitexp.teachers import Onlooker, open_teacher
 from vitexp.types import Evaluator, Method
+
+# What keeps pictures from being learned by heart, as models and methods call it.
+NOISE = ("drop_path", "dropout", "attention_dropout", "label_smoothing", "mix_tokens")
 
 
 @dataclass
@@ -176,7 +179,7 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
 def build_method(config: RunConfig, backbone: nn.Module, teacher: nn.Module | None) -> Method:
     """The method around a backbone; one that learns from a teacher evaluates without."""
     given = {"teacher": teacher} if "teacher" in config.method else {}
-    return build(config.method, backbone=backbone, **given)
+    return build(_quiet(config.method, config), backbone=backbone, **given)
 
 
 def choose_teacher(config: RunConfig, source: Source) -> Onlooker | None:
@@ -212,7 +215,8 @@ def open_source(config: RunConfig) -> Source:
     source: Source = build(config.data["source"])
     if config.train.classes is not None:
         source = keep_classes(source, config.train.classes)
-    return keep_share(source, config.train.fraction)
+    source = keep_share(source, config.train.fraction)
+    return source if config.train.overfit is None else keep_few(source, config.train.overfit)
 
 
 def model_arguments(config: RunConfig, *, num_classes: int) -> dict[str, Any]:
@@ -220,7 +224,14 @@ def model_arguments(config: RunConfig, *, num_classes: int) -> dict[str, Any]:
     wanted = config.model.get("num_classes")
     if wanted is not None and num_classes not in (0, wanted):
         raise UserError(f"model.num_classes={wanted}: the data has {num_classes} classes; null takes as many")
-    return {**config.model, "num_classes": num_classes if wanted is None else wanted}
+    return {**_quiet(config.model, config), "num_classes": num_classes if wanted is None else wanted}
+
+
+def _quiet(node: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The arguments, without those that keep pictures from being learned by heart where train.overfit asks for it."""
+    if config.train.overfit is None:
+        return node
+    return {key: type(value)(0) if key in NOISE and value else value for key, value in node.items()}
 
 
 def _described(store: LabelStore) -> str:

@@ -27,6 +27,7 @@ from vitexp.errors import UserError
 from vitexp.finite import FiniteGuard
 from vitexp.horizon import Horizon, Update, plan_horizon
 from vitexp.optim import build_optimizer, resolve_lr, set_lr
+from vitexp.profiling import make_profiler
 from vitexp.run import Run, build_run
 from vitexp.seeding import derive_seed
 from vitexp.signals import Interrupted, StopRequest
@@ -195,6 +196,7 @@ def fit(
         workers=settings.workers,
         repeats=repeats,
     )
+    profiler = make_profiler(folder / "profile", updates=config.runtime.profile if first else None)
     status = "FAILED"
     try:
         # Signals from here on are looked at after each step: weights and books change together or not at all.
@@ -227,6 +229,7 @@ def fit(
             state.tally.updates += 1
             state.step += 1
             books.stepped(state.step)
+            profiler.step()
 
             # ---- What is due after it -------------------------------------------------------------------------------
             ended = state.step == horizon.num_updates
@@ -257,6 +260,7 @@ def fit(
         raise
     finally:
         stop.deferred = False
+        profiler.stop()
         books.close(status)
 
 

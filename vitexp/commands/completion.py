@@ -60,21 +60,27 @@ def candidates(line: str) -> list[str]:
         return _starting(word, OPTIONS[before[-1]] or ())
     if word.startswith("-"):
         return _starting(word, OPTIONS)
-    from vitexp.cli import COMMANDS
-
+    commands = _commands()
     named = next((text for text in before if not text.startswith("-")), "")
-    command = named if named in COMMANDS else "train"
+    command = named if named in commands else "train"
     if command in ("list", "completion"):
         return _starting(word, _words_of(command, before[before.index(command) + 1 :], config_dir))
-    takes = _takes(command, COMMANDS[command])
+    takes = _takes(command, commands[command])
     if "=" in word:
         return _values(word, before, takes, config_dir)
     found = [f"{key}=" for key in takes.keys]
     if not named:
-        found += COMMANDS
+        found += commands
     if takes.settings:
         found += _keys(word, before, config_dir)
     return _starting(word, found)
+
+
+def _commands() -> dict[str, str]:
+    """Each command with its line of help, read from the command line's source, which is above this in the layers."""
+    tree = ast.parse((Path(__file__).parent.parent / "cli.py").read_text(encoding="utf-8"))
+    found = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "COMMANDS")
+    return ast.literal_eval(next(found))
 
 
 @dataclass

@@ -212,6 +212,20 @@ def keep_share(source: Source, fraction: float, *, split_seed: int = 0) -> Sourc
     return replace(source, train=Subset(source.train, kept), notices=(*source.notices, note))
 
 
+def keep_few(source: Source, count: int) -> Source:
+    """The source with so many training pictures, or all there are: the first ones of all classes in turn.
+
+    The validation split stays whole."""
+    labels = np.asarray(source.train.labels)
+    turn = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turn[members] = np.arange(len(members))
+    kept = np.sort(np.lexsort((labels, turn))[:count])
+    note = f"train.overfit={count}: {len(kept):,} of {len(labels):,} training pictures"
+    return replace(source, train=Subset(source.train, kept), notices=(*source.notices, note))
+
+
 def keep_classes(source: Source, classes: Sequence[str]) -> Source:
     """The source with the pictures of these classes alone, in both splits, numbered in the order given."""
     for name in classes:
