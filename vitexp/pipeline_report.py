@@ -159,7 +159,7 @@ def draw_charts(results: list[StageResult], folder: Path) -> list[tuple[Path, st
     """(picture, words) of accuracy by epoch of all stages with a classifier, and of the loss of those without."""
     make_folder(folder)
     charts = []
-    learned = {r.name: [r.curve] for r in results if len(r.curve) > 1}
+    learned = {f"{r.name}{_measured(r)}": [r.curve] for r in results if len(r.curve) > 1}
     if learned:
         path = plots.by_epoch(learned, folder / "accuracy.png", title="accuracy on the validation split by epoch")
         charts.append((path, "Accuracy by epoch"))
@@ -285,9 +285,13 @@ def _reading() -> str:
 def _accuracy(result: StageResult) -> str:
     if result.accuracy is None:
         return ""
-    name, value = result.accuracy
-    kind = name.partition("/")[2]
-    return f"{100 * value:.2f} %" + ("" if kind == "top1" else f" ({kind.removesuffix('_top1')})")
+    return f"{100 * result.accuracy[1]:.2f} %{_measured(result)}"
+
+
+def _measured(result: StageResult) -> str:
+    """` (knn)` where not the stage's own classifier is judged."""
+    kind = "top1" if result.accuracy is None else result.accuracy[0].partition("/")[2]
+    return "" if kind == "top1" else f" ({kind.removesuffix('_top1')})"
 
 
 def _compared(result: StageResult, baseline: StageResult | None) -> str:

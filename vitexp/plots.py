@@ -707,6 +707,7 @@ def by_epoch(
         ax.plot(epochs, mean, color=colour, lw=1.4, marker=marker, ms=2.6, label=f"{name}  {shown}")
     if percent:
         ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{100 * value:g} %"))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if runs:
         _legend(ax)
     return _save(figure, path)
