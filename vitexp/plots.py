@@ -686,6 +686,8 @@ def by_epoch(
 ) -> Path:
     """One line for each name over epochs: its (epoch, value) points; of several seeds their mean in a band of least and
     most. percent: values are shares of 1."""
+    from matplotlib.ticker import MaxNLocator
+
     height = 3.0
     figure = _figure(6.4, height)
     ax = figure.subplots()
@@ -707,7 +709,7 @@ def by_epoch(
         ax.plot(epochs, mean, color=colour, lw=1.4, marker=marker, ms=2.6, label=f"{name}  {shown}")
     if percent:
         ax.yaxis.set_major_formatter(_formatter(lambda value, _: f"{100 * value:g} %"))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if runs:
         _legend(ax)
     return _save(figure, path)
