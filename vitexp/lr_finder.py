@@ -162,7 +162,7 @@ def suggest(found: Sweep) -> Suggestion | None:
     smoothed, logs = found.smoothed(), np.log(found.rates)
     least = int(smoothed.argmin())
     noise = float(np.std(np.array(found.losses)[: least + 1] - smoothed[: least + 1]))
-    if least == 0 or smoothed[0] - smoothed[least] <= noise:
+    if least == 0 or smoothed[0] - smoothed[least] <= 2 * noise:
         return None
     slopes = np.gradient(smoothed, logs)
     steepest = int(slopes[: least + 1].argmin())

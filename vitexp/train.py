@@ -260,8 +260,8 @@ def fit(
         raise
     finally:
         stop.deferred = False
-        profiler.stop()
         books.close(status)
+        profiler.stop()
 
 
 def prepare(run: Run, accelerator: Accelerator, *, lr: float) -> tuple[nn.Module, Any]:

@@ -31,6 +31,7 @@ OPTIONS = {
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 COMMENTED = re.compile(r"^(?P<indent> *)(?P<key>\w+):[^#]*?(?:#\s*(?P<words>.*))?$")
+CHOICE = re.compile(r"(?:^|^[^|]*?: )(?P<word>[\w.+-]{2,})(?=$| *[(:,;])")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -178,13 +179,14 @@ class Settings:
             return [checks.show(choice) for choice in checks.CHOICES[key]]
         if isinstance(self.at(key), bool):
             return ["true", "false"]
-        return commented_choices(self.comments.get(key, ""))
+        choices, value = commented_choices(self.comments.get(key, "")), self.at(key)
+        return [*choices, value] if choices and isinstance(value, str) and value[:1] not in "$?" else choices
 
 
 def commented_choices(comment: str) -> list[str]:
-    """`cls | mean (of the patches)` names cls and mean; a comment without a bar names nothing."""
-    parts = [re.match(r"[\w.+-]+", part.strip()) for part in comment.split("|")]
-    return [part.group() for part in parts if part] if len(parts) > 1 and all(parts) else []
+    """`cls | mean (of the patches)` and `of the head: cls | mean` name cls and mean; without a bar nothing is named."""
+    parts = [CHOICE.search(part.strip()) for part in comment.split("|")]
+    return [part["word"] for part in parts if part] if len(parts) > 1 else []
 
 
 def chosen(before: list[str], config_dir: str | None) -> dict[str, str]:
@@ -215,7 +217,7 @@ def _add(settings: Settings, path: Path, place: str, config_dir: str | None) -> 
     tree = _load(path)
     for entry in tree.pop("defaults", ()):
         if isinstance(entry, str) and entry != "_self_":
-            _add(settings, path.parent / f"{entry}.yaml", place, config_dir)
+            _add(settings, _file(path.parent.name, entry, config_dir), place, config_dir)
     node = settings.tree
     for part in place.split(".") if place else ():
         node = node.setdefault(part, {})
