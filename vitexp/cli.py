@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
     "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
     "lr_finder": "learning rates at which a run would learn, from one sweep through them (overrides, lr_min=, lr_max=)",
+    "doctor": "what is wrong with a data set (data=…): unreadable, double and odd pictures, classes; settings to paste",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
     "compare": "finished runs side by side on the same pictures (compare <run> <run> …), with intervals and tests",
