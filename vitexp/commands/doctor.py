@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from vitexp.errors import UserError
 
@@ -22,7 +23,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     from tqdm import tqdm
 
     from vitexp.config import compose_and_check
-    from vitexp.data.doctor import SPOILS, check_all, look_at
+    from vitexp.data.doctor import NEAR_PHASH, SPOILS, check_all, look_at
     from vitexp.data.memory import cores
     from vitexp.doctor_page import Report, as_text, write_files
     from vitexp.run import open_source
@@ -32,18 +33,16 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     source = open_source(config)
     output = Path(given[-1]).expanduser() if given else Path("outputs/doctor", f"{source.name}-{source.fingerprint()}")
     workers = cores() if config.train.workers is None else config.train.workers
-    seen = {}
-    with (
-        StopRequest(),  # a signal ends it as an error does
-        tqdm(
-            total=sum(len(images) for images in source.splits().values()), desc="looking", unit=" pictures", delay=2,
-            leave=False, mininterval=0.2 if sys.stderr.isatty() else 20,
-        ) as bar,
-    ):  # fmt: skip
-        for split, images in source.splits().items():
-            seen[split] = look_at(images, workers=workers, tell=bar.update)
-        bar.set_description("comparing", refresh=False)
-        report = Report(source, seen, check_all(source, seen))
+    total = sum(len(images) for images in source.splits().values())
+    how: dict[str, Any] = {"delay": 2, "leave": False, "mininterval": 0.2 if sys.stderr.isatty() else 20}
+    with StopRequest():  # a signal ends it as an error does
+        with tqdm(total=total, desc="looking", unit=" pictures", **how) as bar:
+            seen = {
+                split: look_at(images, workers=workers, tell=bar.update) for split, images in source.splits().items()
+            }
+        bands = NEAR_PHASH + 1
+        with tqdm(total=total * bands, desc="comparing", bar_format="{desc}: {percentage:3.0f}% {bar}", **how) as bar:
+            report = Report(source, seen, check_all(source, seen, tell=bar.update))
     print(as_text(report))
     print(f"\nwritten to {write_files(report, output)}, every picture by name in findings.csv beside it")
     return int(any(check.verdict == SPOILS for check in report.checks))

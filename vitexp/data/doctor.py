@@ -236,20 +236,22 @@ def _leave_ctrl_c_to_parent(worker: int) -> None:
 # ---- Pairs -------------------------------------------------------------------------------------------------------
 
 
-def close_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def close_pairs(
+    hashes: np.ndarray, radius: int, *, tell: Tell = lambda _: None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs (first, second) of positions whose 64-bit hashes differ in at most `radius` bits, each pair once.
 
     The bits are cut into radius + 1 bands: differing bits cannot lie in all of them, so every pair agrees in a band and
     only pictures that share one are compared (Norouzi et al. 2012, multi-index hashing). None is missed; BLOCK pairs
     or those of one picture are held at a time. Of n even hashes n²/2 · (radius + 1) / 2^(64 / (radius + 1)) pairs are
-    compared: 28 million of 60,000 pictures with radius 6."""
+    compared: 28 million of 60,000 pictures with radius 6. Each is told once a band."""
     cuts = np.linspace(0, 64, radius + 2).astype(int)
     masks = [np.uint64((1 << int(high)) - (1 << int(low))) for low, high in itertools.pairwise(cuts)]
     for band, mask in enumerate(masks):
-        part = hashes & mask
-        order = np.argsort(part, kind="stable")
-        ordered = part[order]
-        mates = np.searchsorted(ordered, ordered, side="right") - np.arange(len(order)) - 1  # those after it
+        order = np.argsort(hashes & mask, kind="stable")
+        ordered = hashes[order]
+        part = ordered & mask
+        mates = np.searchsorted(part, part, side="right") - np.arange(len(order)) - 1  # those after it
         sums = np.cumsum(mates)
         begin = 0
         while begin < len(order):
@@ -258,14 +260,16 @@ def close_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, n
             count = mates[begin:end]
             left = np.repeat(np.arange(begin, end), count)
             right = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count) + left + 1
-            begin = end
-            first, second = order[left], order[right]
-            apart = hashes[first] ^ hashes[second]
-            new = bit_count(apart) <= radius
+            near = np.flatnonzero(bit_count(ordered[left] ^ ordered[right]) <= radius)
+            left, right = left[near], right[near]
+            apart = ordered[left] ^ ordered[right]
+            new = np.ones(len(apart), bool)
             for earlier in masks[:band]:
                 new &= (apart & earlier) != 0  # else that band had it
             if new.any():
-                yield first[new], second[new]
+                yield order[left[new]], order[right[new]]
+            tell(end - begin)
+            begin = end
 
 
 def bit_count(numbers: np.ndarray) -> np.ndarray:
@@ -297,7 +301,7 @@ class Alike:
     across: list[tuple[int, int]]  # (of val, one of train that it looks like)
 
 
-def alike(phash: np.ndarray, dhash: np.ndarray, in_val: np.ndarray) -> Alike:
+def alike(phash: np.ndarray, dhash: np.ndarray, in_val: np.ndarray, *, tell: Tell = lambda _: None) -> Alike:
     """Of distinct pictures' hashes (n,). Memory does not grow with the number of pairs."""
     partner = np.full(len(phash), -1, np.int64)
     group = np.arange(len(phash))
@@ -313,7 +317,7 @@ def alike(phash: np.ndarray, dhash: np.ndarray, in_val: np.ndarray) -> Alike:
         group = at[which.ravel()]
         edges.clear()
 
-    for first, second in close_pairs(phash, NEAR_PHASH):
+    for first, second in close_pairs(phash, NEAR_PHASH, tell=tell):
         near = bit_count(dhash[first] ^ dhash[second]) <= NEAR_DHASH
         first, second = first[near], second[near]
         mixed = in_val[first] != in_val[second]
@@ -351,12 +355,13 @@ class Check:
     groups: list[list[Shown]] = field(default_factory=list)
 
 
-def check_all(source: Source, seen: dict[str, Seen]) -> list[Check]:
-    """In the order in which they are to be mended."""
+def check_all(source: Source, seen: dict[str, Seen], *, tell: Tell = lambda _: None) -> list[Check]:
+    """In the order in which they are to be mended. At most NEAR_PHASH + 1 times as many as there are pictures are
+    told, by the search for those that are nearly the same."""
     return [
         unreadable(seen),
         *same_pictures(source, seen),
-        *near_pictures(source, seen),
+        *near_pictures(seen, tell=tell),
         classes(source),
         imbalance(source),
         odd_modes(seen),
@@ -384,7 +389,12 @@ def same_pictures(source: Source, seen: dict[str, Seen]) -> list[Check]:
     torn = [g for g in groups if len(np.unique(labels[g])) > 1]
 
     def shown(found: Sequence[Sequence[int] | np.ndarray]) -> list[list[Shown]]:
-        return [[where[i] for i in group] for group in found]
+        """One of each split first."""
+        made = []
+        for group in found:
+            firsts = sorted({where[i].split: int(i) for i in reversed(group)}.values())
+            made.append([where[i] for i in [*firsts, *(int(i) for i in group if i not in firsts)]])
+        return made
 
     made = []
     if len(seen) > 1:
@@ -404,7 +414,7 @@ def same_pictures(source: Source, seen: dict[str, Seen]) -> list[Check]:
     return made
 
 
-def near_pictures(source: Source, seen: dict[str, Seen]) -> list[Check]:
+def near_pictures(seen: dict[str, Seen], *, tell: Tell = lambda _: None) -> list[Check]:
     """Perceptual hashes that nearly agree, of pictures that are not equal and not plain."""
     where, table = _joined(seen)
     if len(table) and np.median(np.minimum(table["height"], table["width"])) < NEAR_SIDE:
@@ -412,7 +422,7 @@ def near_pictures(source: Source, seen: dict[str, Seen]) -> list[Check]:
     _, firsts = np.unique(table["digest"], axis=0, return_index=True)
     index = np.sort(firsts[~table["plain"][firsts]])
     in_val = np.array([where[i].split == "val" for i in index], bool)
-    found = alike(table["phash"][index], table["dhash"][index], in_val)
+    found = alike(table["phash"][index], table["dhash"][index], in_val, tell=tell)
     made = []
     if len(seen) > 1:
         pairs = [[where[index[a]], where[index[b]]] for a, b in found.across]
