@@ -14,6 +14,7 @@ TABLES = {
     "input.py": ("| 32 px in memory, crop and flip: vitexp ", " JPEGs to 224 px: vitexp to the exact resizer "),
     "loop_overhead.py": ("| bare loop: ", " over the bare loop", " logging, a row every 10 steps"),
     "mae_step.py": ("| fp32, batch 1: vitexp MAE ", "| bf16, batch 4: vitexp supervised "),
+    "sweep.py": ("2 runs, 2 at a time", "turn 0   shell loop ", "(goal: at most 1.1)"),
     "token_labels.py": ("| store of 128 pictures", "| targets from maps of CIFAR"),
 }
 

@@ -41,7 +41,8 @@ NEEDS |= {
 LABELLED = [
     f"experiment={name}"
     for name, preset in EXPERIMENTS.items()
-    if name.startswith("lvvit_") and preset.get("method", {}).get("labels") != "ground_truth"
+    if {"override /method": "token_labeling"} in preset["defaults"]
+    and preset.get("method", {}).get("labels") != "ground_truth"
 ]
 
 
@@ -63,7 +64,7 @@ PIPELINES = [name for name, preset in EXPERIMENTS.items() if any("override /pipe
 NO_SINGLE_RUN = [f"experiment={name}" for name in PIPELINES]
 NO_SINGLE_RUN += [option for option in OPTIONS if option.startswith("pipeline=") and option != "pipeline=none"]
 TINY_ELSEWHERE = [
-    name for name in EXPERIMENTS if name.startswith(("mae_", "lvvit_"))
+    name for name in EXPERIMENTS if name.startswith(("mae_", "lvvit_", "deit", "t2t_"))
 ]  # two steps of each in test_recipes.py
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
 SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
@@ -77,7 +78,7 @@ def _file(path: Path) -> Path:
 def test_the_files_are_found() -> None:
     assert len(OPTIONS) == len(list(conf_dir().rglob("*.yaml"))) - 1  # config.yaml is no option
     assert len(OPTIONS) > 40
-    assert {option.partition("=")[0] for option in OPTIONS} == {*GROUPS, "pipeline", "experiment", "debug"}
+    assert {option.partition("=")[0] for option in OPTIONS} == {*GROUPS, "pipeline", "sweep", "experiment", "debug"}
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NO_SINGLE_RUN])

@@ -86,6 +86,7 @@ def test_two_processes_resume_exactly_and_stop_together(tmp_path: Path) -> None:
         assert torch.equal(weights(tmp_path / "cut")[name], value), name
 
 
+@pytest.mark.slow
 def test_when_a_rank_dies_all_end_and_the_run_goes_on_later(tmp_path: Path) -> None:
     extra = ["train.batch_size=4", "runtime.processes=2", "train.epochs=300"]
     process = subprocess.Popen(command(tmp_path / "run", *extra), stderr=subprocess.PIPE, text=True)

@@ -316,7 +316,10 @@ def test_a_run_with_its_probe_is_evaluated_from_its_exports(probed: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["model=timm", "model.name=resnet10t", "model.image_size=32"], r"TimmBackbone.*needs model=vit"),
+        (
+            ["model=timm", "model.name=resnet10t", "model.image_size=32"],
+            r"TimmBackbone: a masked autoencoder needs separate patches",
+        ),
         (["augment=deit"], r"augment\.batch mixes labels.*augment\.batch=null"),
         (["evaluators=classification"], r"trains no classifier to evaluate.*method\.online_probe=true"),
     ],

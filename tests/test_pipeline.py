@@ -660,6 +660,7 @@ def test_killed_in_any_stage_or_between_it_ends_with_the_same_report(tmp_path: P
     assert without_clock(tmp_path / "runs" / "killed") == without_clock(tmp_path / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_killed_while_it_labels_or_right_after_it_ends_with_the_same_report(tmp_path: Path, config_dir: str) -> None:
     killed = [
         ("label", "replace", 3),  # two of three batches are whole

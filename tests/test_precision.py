@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -39,6 +40,7 @@ def curve(precision: torch.dtype, *, seed: int) -> tuple[torch.Tensor, float]:
     return torch.stack(losses), right.float().mean().item()
 
 
+@pytest.mark.slow
 def test_the_loss_curve_in_bf16_is_that_of_fp32_within_noise() -> None:
     # Three seeds differed by 0.05 at most in the mean of 20 steps and 0.03 in accuracy.
     exact, accuracy = curve(torch.float32, seed=0)

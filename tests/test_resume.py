@@ -95,6 +95,7 @@ def assert_equal(one: Any, other: Any, where: str) -> None:
         assert one == other, where
 
 
+@pytest.mark.slow
 def test_killed_at_many_points_it_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     # Inside saves: the calls that make a checkpoint durable and visible, in the first, a middle and a late save.
     inside = {f"{call}-{n}": [(call, n)] for call in ("rename", "fsync", "mkdir") for n in (1, 2, 4, 7)}
