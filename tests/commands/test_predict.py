@@ -327,7 +327,8 @@ def test_a_run_in_mlflow_is_evaluated_as_its_folder_is(run, capsys):
     assert found == expected
     assert found["val/loss"] > 0
     assert sorted(path.name for path in fetched.iterdir()) == [
-        "config.interpolated.yaml", "config.yaml", "evaluation.json", "model_best.json", "model_best.safetensors", "summary.json"
+        "config.interpolated.yaml", "config.yaml", "evaluation.json", "model_best.json", "model_best.safetensors",
+        "summary.json",
     ]  # fmt: skip
 
 
