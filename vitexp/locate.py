@@ -4,7 +4,7 @@ where they serve, too. `init_from=` names weights of other codes and of hubs bes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,18 @@ def own_settings(found: Located, overrides: list[str], config_dir: str | None) -
 def names_data(overrides: Iterable[str]) -> bool:
     """Whether other pictures than a run's own are named."""
     return any(text.startswith("data=") for text in overrides)
+
+
+def words_given(arguments: Sequence[str], keys: Sequence[str], *, command: str) -> dict[str, str]:
+    """key=value of a command that takes these keys and no settings. Raises UserError for another."""
+    given = {}
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        key = {"tracking.uri": "uri"}.get(key, key)
+        if not equals or key not in keys:
+            raise UserError(f"{command}: no such key {key!r}.{nearest(key, keys)} It takes {', '.join(keys)}")
+        given[key] = value
+    return given
 
 
 def take_uri(overrides: list[str]) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitexp.errors import UserError, nearest
-from vitexp.locate import Located, locate
+from vitexp.locate import Located, locate, words_given
 
 if TYPE_CHECKING:
     from vitexp.trained import TrainedRun
@@ -32,7 +32,7 @@ TOLERANCE = 1e-3  # of the largest logit: far above float32's rounding in anothe
 
 
 def main(arguments: list[str], config_dir: str | None) -> int:
-    given = _given(arguments)
+    given = words_given(arguments, KEYS, command="export")
     for key in ("run", "format"):
         if not given.get(key):
             raise UserError(f"export: {key}= is missing\nusage: {USAGE}")
@@ -199,17 +199,6 @@ def _put_in_place(beside: Path, output: Path) -> None:
 def _tell(what: str) -> None:
     """What goes on, for steps that take a while and say nothing themselves."""
     print(f"{what} …", file=sys.stderr, flush=True)
-
-
-def _given(arguments: list[str]) -> dict[str, str]:
-    given = {}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        key = {"tracking.uri": "uri"}.get(key, key)
-        if not equals or key not in KEYS:
-            raise UserError(f"export: no such key {key!r}.{nearest(key, KEYS)} It takes {', '.join(KEYS)}")
-        given[key] = value
-    return given
 
 
 def _flag(given: dict[str, str], key: str) -> bool:

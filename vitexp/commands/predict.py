@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitexp.errors import BadImage, UserError, nearest
-from vitexp.locate import locate
+from vitexp.errors import BadImage, UserError
+from vitexp.locate import locate, words_given
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Counts:
 
 def main(arguments: list[str], config_dir: str | None) -> int:
     """Exit code 0, or 1 when a picture could not be read."""
-    given = _given(arguments)
+    given = words_given(arguments, KEYS, command="predict")
     for key in ("run", "input", "output"):
         if not given.get(key):
             raise UserError(f"predict: {key}= is missing\nusage: {USAGE}")
@@ -284,17 +284,6 @@ WRITERS: dict[str, Writer] = {".csv": _csv, ".parquet": _parquet, ".jsonl": _jso
 
 
 # ---- the command line
-
-
-def _given(arguments: list[str]) -> dict[str, str]:
-    given = {}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        key = {"tracking.uri": "uri"}.get(key, key)
-        if not equals or key not in KEYS:
-            raise UserError(f"predict: no such key {key!r}.{nearest(key, KEYS)} It takes {', '.join(KEYS)}")
-        given[key] = value
-    return given
 
 
 def _count(given: dict[str, str], key: str, otherwise: int) -> int:
