@@ -24,9 +24,10 @@ from vitexp.data.images import ArrayImages, Images, Subset
 from vitexp.data.label_store import LabelStore, LabelWriter, identities, open_store
 from vitexp.data.sources.parquet import parquet
 from vitexp.data.token_labels import token_targets
-from vitexp.labeling import Maps, Teacher, check_dense, score, top_scores
+from vitexp.labeling import Maps, check_dense, head_of, score, top_scores
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.vit import VisionTransformer
+from vitexp.teachers import Teacher
 
 SIDE, PATCH, BATCH, KEPT = 32, 4, 128, 5
 SEEN = 64  # pixels that the teacher sees a side
@@ -78,9 +79,8 @@ def labeled(folder: Path, images: Images, clock: Clock) -> tuple[LabelStore, flo
         resizer="torch",
         facts={"name": "resnet18", "weights_sha256": ""},
     )
-    head = teacher.head(
-        classes=[str(i) for i in range(10)], k=KEPT, grid=check_dense(teacher.model, (SEEN, SEEN), channels=3)
-    )
+    grid = check_dense(teacher.model, (SEEN, SEEN), channels=3)
+    head = head_of(teacher, classes=[str(i) for i in range(10)], k=KEPT, grid=grid)
     began = clock()
     # Without workers: the processor's clock does not see what other processes do.
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
