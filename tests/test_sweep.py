@@ -104,11 +104,13 @@ def test_the_best_is_a_finished_job_with_a_number(tmp_path: Path) -> None:
     for job, value in zip(jobs, (0.5, float("nan"), None, 0.7, 0.9), strict=True):
         finished_job(tmp_path, job.name, **{"val/top1": value, "val/loss": value})
     ledger.jobs[jobs[4].name].state = "failed"  # its folder holds the results of a former attempt
-    best = sweep.best_of(jobs, ledger, metric=None, maximize=True)
+    best = sweep.best_of(jobs, ledger)
     assert best == (jobs[3], ("val/top1", 0.7))
-    smallest = sweep.best_of(jobs, ledger, metric="val/loss", maximize=False)
+    ledger.metric, ledger.maximize = "val/loss", False
+    smallest = sweep.best_of(jobs, ledger)
     assert smallest == (jobs[0], ("val/loss", 0.5))
-    assert sweep.best_of(jobs, ledger, metric="val/f1", maximize=True) is None
+    ledger.metric = "val/f1"
+    assert sweep.best_of(jobs, ledger) is None
 
 
 def test_how_far_a_job_is_stands_in_its_journal(tmp_path: Path) -> None:

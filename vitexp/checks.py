@@ -24,7 +24,7 @@ from vitexp.models.weights_hub import is_hub_name
 # Where components may come from. Of other packages only classes that are optimizers or modules: functions there load
 # pickles, write files and start processes.
 OWN_COMPONENTS = (
-    *(f"vitexp.{place}." for place in ("models", "methods", "optimizers", "schedules", "evaluators")),
+    *(f"vitexp.{place}." for place in ("models", "methods", "optimizers", "schedules", "evaluators", "sweeps")),
     "vitexp.data.sources.",
     "vitexp.data.transforms.",
     "vitexp.data.augmentations.",

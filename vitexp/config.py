@@ -225,16 +225,18 @@ def pipeline_settings(overrides: list[str], config_dir: str | None = None) -> di
 
 def sweep_settings(overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
     """The `sweep` part of what these overrides compose. Raises UserError for a key that it does not have."""
-    of_it = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "sweep"]
+    of_it = [text for text in overrides if re.match(r"sweep[=./]", text.lstrip("+~"))]
     parsed = parse_overrides(of_it)
     _, choices = _group_overrides(parsed, config_dir)
     known = _plain(_compose([o.input_line or "" for o in choices], config_dir).sweep, resolve=False)
+    keys = sorted(_all_keys(known, {}))
     for override in parsed:
         key = override.key_or_group.removeprefix("sweep.")
-        if override not in choices and key not in known:
-            raise UserError(f"{override.input_line}: no such key.{nearest(key, known)}\nsweep has: {', '.join(known)}")
+        if override not in choices and override.type is not OverrideType.ADD and key not in keys:
+            raise UserError(f"{override.input_line}: no such key.{nearest(key, keys)}\nsweep has: {', '.join(keys)}")
     settings = _plain(_compose(of_it, config_dir).sweep, resolve=False)
     checks.check_values({"sweep": settings}, {"sweep": known})
+    checks.check_components({"sweep": settings}, {"sweep": settings})
     return settings
 
 

@@ -11,18 +11,18 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitexp.config import compose_and_check, quoted, sweep_axes, sweep_settings
+from vitexp.config import build, compose_and_check, quoted, sweep_axes, sweep_settings
 from vitexp.run_folder import RunLock, is_locked, make_folder
 from vitexp.signals import StopRequest
 from vitexp.sweeps.display import Row, Standing, SweepDisplay, label, of_summary, standing
-from vitexp.sweeps.jobs import Job, folder_of, jobs_of, of_the_sweep
-from vitexp.sweeps.ledger import Entry, Ledger, read_ledger
-from vitexp.sweeps.local import Limits, Process, Share, cores_here, gpus_here, shares
+from vitexp.sweeps.jobs import Grid, Job, Source, folder_of, jobs_of, of_the_sweep
+from vitexp.sweeps.ledger import Entry, Ledger, State, read_ledger
+from vitexp.sweeps.local import Launcher, Limits, Running
 
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks at the journals of jobs that run
@@ -33,10 +33,10 @@ def main(overrides: list[str], config_dir: str | None) -> int:
     """Runs what is missing of the sweep and returns an exit code: 0, 1 where a job did not finish, 128 + signal."""
     settings = sweep_settings(overrides, config_dir)
     first = check_jobs(overrides, config_dir)
-    jobs = jobs_of(overrides, config_dir)
     folder = folder_of(overrides, experiment=first.name)
     with StopRequest() as stop, RunLock(folder):
-        ledger = begin(folder, jobs, overrides)
+        jobs = jobs_of(overrides, config_dir)
+        ledger = begin(folder, jobs, overrides, settings)
         done = sum(ledger.is_finished(job.name) for job in jobs)
         say(
             f"sweep       {len(jobs)} jobs, {settings['jobs']} at a time"
@@ -44,16 +44,16 @@ def main(overrides: list[str], config_dir: str | None) -> int:
         )
         say(f"folder      {folder}")
         stop.deferred = True  # looked at between two polls
-        ended_by = run_jobs(jobs, ledger, settings, stop=stop, config_dir=config_dir)
-        say(closing(jobs, ledger, settings))
+        ended_by = run_jobs(Grid(jobs, ledger), jobs, ledger, settings, stop=stop, config_dir=config_dir)
+        say(closing(jobs, ledger))
         if any(ledger.is_finished(name) for name in ledger.jobs):
             from vitexp.sweeps.report import write_report
 
-            say(write_report(ledger, metric=settings["metric"], maximize=settings["maximize"]))
+            say(write_report(ledger, metric=ledger.metric, maximize=ledger.maximize))
     if ended_by is not None:
         say(f"vitexp: stopped by {signal.Signals(ended_by).name}; the same command goes on from here")
         return 128 + ended_by
-    return 0 if all(ledger.is_finished(job.name) for job in jobs) else 1
+    return 0 if all(ledger.is_finished(job.name) or ledger.jobs[job.name].state == "pruned" for job in jobs) else 1
 
 
 def check_jobs(overrides: list[str], config_dir: str | None) -> Any:
@@ -70,109 +70,120 @@ def check_jobs(overrides: list[str], config_dir: str | None) -> Any:
     return first
 
 
-def begin(folder: Path, jobs: Sequence[Job], overrides: Sequence[str]) -> Ledger:
+def begin(folder: Path, jobs: Sequence[Job], overrides: Sequence[str], settings: Mapping[str, Any]) -> Ledger:
     """The ledger, with what it knew of these jobs; those of another command in the folder stay in it."""
     ledger = read_ledger(folder) or Ledger(folder, [], [])
     ledger.command = ["python", "-m", "vitexp", "--multirun", *overrides]
-    ledger.swept = list(dict.fromkeys([*ledger.swept, *(key for job in jobs for key in job.swept)]))
+    ledger.metric, ledger.maximize = settings["metric"], settings["maximize"]
     for job in jobs:
-        entry = ledger.jobs.setdefault(job.name, Entry(list(job.overrides)))
-        if not ledger.is_finished(job.name):
-            entry.state, entry.reason = "waiting", ""
+        enter(job, ledger)
     ledger.write()
     return ledger
+
+
+def enter(job: Job, ledger: Ledger) -> Entry:
+    """Its entry, made where there is none; it waits, unless it has finished."""
+    ledger.swept = list(dict.fromkeys([*ledger.swept, *job.swept]))
+    entry = ledger.jobs.setdefault(job.name, Entry(list(job.overrides)))
+    if not ledger.is_finished(job.name):
+        entry.state, entry.reason = "waiting", ""
+    return entry
 
 
 @dataclass
 class Slot:
     """A place where one job at a time runs."""
 
-    share: Share
-    job: Job | None = None
-    process: Process | None = None
+    job: Job
+    running: Running
 
 
 def run_jobs(
-    jobs: Sequence[Job], ledger: Ledger, settings: dict[str, Any], *, stop: StopRequest, config_dir: str | None
+    source: Source,
+    jobs: list[Job],
+    ledger: Ledger,
+    settings: Mapping[str, Any],
+    *,
+    stop: StopRequest,
+    config_dir: str | None,
 ) -> int | None:
-    """Runs every job that has not finished. Returns the signal that ended it before the last one, or None."""
+    """Runs what the source gives, adding to `jobs` those that it made up. Returns the signal that ended it, or None."""
     minutes = {key: settings[key] for key in ("time_limit", "silence_limit")}
     limits = Limits(*(None if value is None else 60.0 * value for value in minutes.values()))
-    slots = [Slot(share) for share in shares(settings["jobs"], cores=cores_here(), gpus=gpus_here())]
-    queue = [job for job in jobs if not ledger.is_finished(job.name)]
-    console = make_folder(ledger.folder / "console")
-    standings = {job.name: standing(ledger.folder / job.name, metric=settings["metric"]) for job in jobs}
+    launcher: Launcher = build(settings["launcher"], jobs=settings["jobs"])
+    slots: list[Slot | None] = [None] * settings["jobs"]
+    standings = {job.name: standing(ledger.folder / job.name, metric=ledger.metric) for job in jobs}
     display = SweepDisplay(f"sweep {ledger.folder.name}")
     looked = 0.0
     try:
-        while queue or any(slot.process for slot in slots):
+        while not source.is_over or any(slots):
             asked = stop.signum
-            for slot in slots:
-                if slot.process is None and queue and asked is None:
-                    slot.job = queue.pop(0)
-                    slot.process = start(slot.job, ledger, slot.share, limits, console, config_dir)
-                elif slot.process is not None and asked is not None:
-                    slot.process.stop("stopped", f"stopped by {signal.Signals(asked).name}")
-            for slot in slots:
-                if slot.process is not None and slot.job is not None and (became := slot.process.poll()) is not None:
-                    finish(slot.job, slot.process, became, ledger)
-                    standings[slot.job.name] = standing(ledger.folder / slot.job.name, metric=settings["metric"])
-                    slot.job = slot.process = None
-            if asked is not None and not any(slot.process for slot in slots):
+            for place, slot in enumerate(slots):
+                if slot is not None and asked is not None:
+                    slot.running.stop("stopped", f"stopped by {signal.Signals(asked).name}")
+                elif slot is None and asked is None and (job := source.next()) is not None:
+                    if job not in jobs:
+                        jobs.append(job)
+                    slots[place] = Slot(job, start(job, ledger, launcher, place, limits, config_dir))
+            for place, slot in enumerate(slots):
+                if slot is not None and (became := slot.running.poll()) is not None:
+                    finish(slot, became, ledger)
+                    standings[slot.job.name] = standing(ledger.folder / slot.job.name, metric=ledger.metric)
+                    source.tell(slot.job)
+                    slots[place] = None
+            if asked is not None and not any(slots):
                 return asked
             if time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
-                display.show(rows_of(jobs, ledger, slots, standings, metric=settings["metric"]))
+                for slot in filter(None, slots):
+                    if (reason := source.verdict(slot.job)) is not None:
+                        slot.running.stop("pruned", reason)
+                display.show(rows_of(jobs, ledger, slots, standings))
             time.sleep(POLL_S)
-        display.show(rows_of(jobs, ledger, slots, standings, metric=settings["metric"]))
+        display.show(rows_of(jobs, ledger, slots, standings))
     finally:
         display.close()
     return None
 
 
-def start(job: Job, ledger: Ledger, share: Share, limits: Limits, console: Path, config_dir: str | None) -> Process:
+def start(job: Job, ledger: Ledger, launcher: Launcher, place: int, limits: Limits, config_dir: str | None) -> Running:
     """Begins or goes on with a job. One that a killed launcher left behind is on its way out, and is waited for."""
     folder = ledger.folder / job.name
     given_up = time.monotonic() + ORPHAN_S
     while is_locked(folder) and time.monotonic() < given_up:
         time.sleep(POLL_S)
-    entry = ledger.jobs[job.name]
+    entry = enter(job, ledger)
     entry.state, entry.reason, entry.attempts = "running", "", entry.attempts + 1
     ledger.write()
     where = [] if config_dir is None else ["--config-dir", config_dir]
-    return Process(
+    return launcher.start(
         [*job.overrides, f"output_dir={quoted(str(folder))}", f"group={quoted(ledger.folder.name)}", *where],
-        console=console / f"{job.name}.log",
+        slot=place,
+        console=make_folder(ledger.folder / "console") / f"{job.name}.log",
         heard=lambda: standing(folder, metric=None).heard,
-        share=share,
         limits=limits,
     )
 
 
-def finish(job: Job, process: Process, became: tuple[Any, str], ledger: Ledger) -> None:
-    entry = ledger.jobs[job.name]
+def finish(slot: Slot, became: tuple[State, str], ledger: Ledger) -> None:
+    entry = ledger.jobs[slot.job.name]
     entry.state, entry.reason = became
-    entry.minutes += process.minutes
+    entry.minutes += slot.running.minutes
     ledger.write()
 
 
 def rows_of(
-    jobs: Sequence[Job],
-    ledger: Ledger,
-    slots: Sequence[Slot],
-    standings: dict[str, Standing],
-    *,
-    metric: str | None,
+    jobs: Sequence[Job], ledger: Ledger, slots: Sequence[Slot | None], standings: dict[str, Standing]
 ) -> list[Row]:
-    running = {
-        slot.job.name: slot.process.minutes for slot in slots if slot.job is not None and slot.process is not None
-    }
+    running = {slot.job.name: slot.running.minutes for slot in slots if slot is not None}
     for name in running:
-        standings[name] = standing(ledger.folder / name, metric=metric)
-    return [Row(job, ledger.jobs[job.name], standings[job.name], running.get(job.name, 0.0)) for job in jobs]
+        standings[name] = standing(ledger.folder / name, metric=ledger.metric)
+    return [
+        Row(job, ledger.jobs[job.name], standings.get(job.name, Standing()), running.get(job.name, 0.0)) for job in jobs
+    ]
 
 
-def closing(jobs: Sequence[Job], ledger: Ledger, settings: dict[str, Any]) -> str:
+def closing(jobs: Sequence[Job], ledger: Ledger) -> str:
     """What came of it: counts, failures with their reasons, and the best job as a command to paste."""
     states = [ledger.jobs[job.name].state for job in jobs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -181,7 +192,7 @@ def closing(jobs: Sequence[Job], ledger: Ledger, settings: dict[str, Any]) -> st
         entry = ledger.jobs[job.name]
         if entry.reason:
             lines.append(f"{entry.state:<11} {label(job)}: {entry.reason} ({ledger.folder / 'console' / job.name}.log)")
-    best = best_of(jobs, ledger, metric=settings["metric"], maximize=settings["maximize"])
+    best = best_of(jobs, ledger)
     if best is not None:
         job, (name, value) = best
         lines.append(f"best        {label(job)}: {name} {value:.4g}")
@@ -189,18 +200,17 @@ def closing(jobs: Sequence[Job], ledger: Ledger, settings: dict[str, Any]) -> st
     return "\n".join(lines)
 
 
-def best_of(
-    jobs: Sequence[Job], ledger: Ledger, *, metric: str | None, maximize: bool
-) -> tuple[Job, tuple[str, float]] | None:
+def best_of(jobs: Sequence[Job], ledger: Ledger) -> tuple[Job, tuple[str, float]] | None:
     """The finished job with the best finite metric of its summary; None where there is none."""
     judged = [
         (job, found)
         for job in jobs
-        if ledger.is_finished(job.name) and (found := of_summary(ledger.folder / job.name, metric=metric)) is not None
+        if ledger.is_finished(job.name)
+        and (found := of_summary(ledger.folder / job.name, metric=ledger.metric)) is not None
     ]
     if not judged:
         return None
-    return (max if maximize else min)(judged, key=lambda pair: pair[1][1])
+    return (max if ledger.maximize else min)(judged, key=lambda pair: pair[1][1])
 
 
 def say(text: str) -> None:

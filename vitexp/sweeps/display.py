@@ -25,7 +25,7 @@ from vitexp.sweeps.ledger import ENDED_BADLY, Entry
 TAIL_BYTES = 1 << 15
 LINE_EVERY_S = 30.0  # a word on what runs, where no table can be drawn
 WAITING_SHOWN = 3
-COLOURS = {"running": "cyan", "finished": "green", "waiting": "dim", "stopped": "yellow"} | dict.fromkeys(
+COLOURS = {"running": "cyan", "finished": "green", "waiting": "dim", "stopped": "yellow", "pruned": "magenta"} | dict.fromkeys(
     ENDED_BADLY, "red"
 )
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vitexp.config import parse_overrides, sweep_axes, sweep_slug
+from vitexp.sweeps.ledger import Ledger
 
 # Settings of the sweep itself: no job hears of them.
 OF_THE_SWEEP = ("sweep", "output_dir")
@@ -21,6 +24,43 @@ class Job:
     name: str  # of its folder: the swept values and a hash of all overrides, the same in any order
     overrides: tuple[str, ...]
     swept: dict[str, str]  # value of each swept key, in the order they were given
+
+
+class Source(Protocol):
+    """Where the jobs of a sweep come from. What has finished is never given again: the ledger knows."""
+
+    def next(self) -> Job | None:
+        """A job to start now; None where there is none, at the moment or at all."""
+
+    @property
+    def is_over(self) -> bool:
+        """No job will come any more, whatever becomes of those that run."""
+
+    def verdict(self, job: Job) -> str | None:
+        """Asked now and then while it runs: why it should end early, None to let it go on."""
+
+    def tell(self, job: Job) -> None:
+        """It has ended; the ledger says how, its folder with what."""
+
+
+class Grid:
+    """The jobs of a list that have not finished, in its order."""
+
+    def __init__(self, jobs: Sequence[Job], ledger: Ledger) -> None:
+        self._waiting = [job for job in jobs if not ledger.is_finished(job.name)]
+
+    def next(self) -> Job | None:
+        return self._waiting.pop(0) if self._waiting else None
+
+    @property
+    def is_over(self) -> bool:
+        return not self._waiting
+
+    def verdict(self, job: Job) -> str | None:
+        return None
+
+    def tell(self, job: Job) -> None:
+        pass
 
 
 def jobs_of(overrides: Sequence[str], config_dir: str | None) -> list[Job]:
@@ -46,7 +86,7 @@ def folder_of(overrides: Sequence[str], *, experiment: str) -> Path:
 
 
 def of_the_sweep(override: str) -> bool:
-    return key_of(override).partition(".")[0] in OF_THE_SWEEP
+    return re.split(r"[./]", key_of(override))[0] in OF_THE_SWEEP
 
 
 def key_of(override: str) -> str:

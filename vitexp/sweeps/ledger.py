@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vitexp.errors import UserError
 from vitexp.run_folder import write_atomic
 
-State = Literal["waiting", "running", "finished", "failed", "killed", "timed out", "hung", "stopped"]
+# pruned: a search ended it early because others were better by then
+State = Literal["waiting", "running", "finished", "pruned", "failed", "killed", "timed out", "hung", "stopped"]
 
 LEDGER = "sweep.json"
 ENDED_BADLY: tuple[State, ...] = ("failed", "killed", "timed out", "hung")
@@ -35,9 +36,12 @@ class Ledger:
     command: list[str]
     swept: list[str]
     jobs: dict[str, Entry] = field(default_factory=dict)
+    metric: str | None = None  # of the jobs' summaries, by which they are judged; None: journal.JUDGED_BY
+    maximize: bool = True
 
     def write(self) -> None:
-        kept = {"command": self.command, "swept": self.swept}
+        kept: dict[str, Any] = {"command": self.command, "swept": self.swept}
+        kept |= {"metric": self.metric, "maximize": self.maximize}
         kept |= {"jobs": {name: asdict(entry) for name, entry in self.jobs.items()}}
         write_atomic(self.folder / LEDGER, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
@@ -52,7 +56,8 @@ def read_ledger(folder: Path) -> Ledger | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         jobs = {name: Entry(**entry) for name, entry in kept["jobs"].items()}
-        return Ledger(folder, kept["command"], kept["swept"], jobs)
+        judged = {key: kept[key] for key in ("metric", "maximize") if key in kept}
+        return Ledger(folder, kept["command"], kept["swept"], jobs, **judged)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,7 @@
-"""Jobs of a sweep as processes on this machine, each with its share of cores and GPUs.
+"""Where the jobs of a sweep run: what every launcher offers, and processes on this machine with shares of its cores and
+GPUs.
 
-A job is `python -m vitexp <overrides>` in a session of its own. It is ended with what it started when it takes too
+Here a job is `python -m vitexp <overrides>` in a session of its own. It is ended with what it started when it takes too
 long, falls silent, or when whoever started it has died: then the kernel asks it to stop, it saves, and the same command
 finds it whole.
 """
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vitexp.launch import kill_group
 from vitexp.sweeps.ledger import State
@@ -65,6 +66,44 @@ def gpus_here() -> list[str]:
     if given is not None:
         return [name for name in given.split(",") if name.strip() not in ("", "-1")]
     return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+class Running(Protocol):
+    """A job that was started."""
+
+    @property
+    def minutes(self) -> float:
+        """Since it began to run."""
+
+    def poll(self) -> tuple[State, str] | None:
+        """What became of it and why, None while it runs or waits for a machine."""
+
+    def stop(self, state: State, reason: str) -> None:
+        """Asks it to save and end; `poll` then gives this state and reason."""
+
+
+class Launcher(Protocol):
+    """What starts jobs: here, or through an engine that has more machines."""
+
+    def start(
+        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> Running:
+        """`python -m vitexp <arguments>` in place `slot` of those side by side; what it says is added to `console`.
+
+        `heard` is the time (as time.time()) of the last thing that the job wrote elsewhere than to the console."""
+
+
+class Local:
+    """Processes on this machine."""
+
+    def __init__(self, jobs: int) -> None:
+        """`jobs` at a time."""
+        self._shares = shares(jobs, cores=cores_here(), gpus=gpus_here())
+
+    def start(
+        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> Process:
+        return Process(arguments, console=console, heard=heard, share=self._shares[slot], limits=limits)
 
 
 class Process:
