@@ -25,9 +25,8 @@ from vitexp.sweeps.ledger import ENDED_BADLY, Entry
 TAIL_BYTES = 1 << 15
 LINE_EVERY_S = 30.0  # a word on what runs, where no table can be drawn
 WAITING_SHOWN = 3
-COLOURS = {"running": "cyan", "finished": "green", "waiting": "dim", "stopped": "yellow", "pruned": "magenta"} | dict.fromkeys(
-    ENDED_BADLY, "red"
-)
+COLOURS = {"running": "cyan", "finished": "green", "waiting": "dim", "stopped": "yellow", "pruned": "magenta"}
+COLOURS |= dict.fromkeys(ENDED_BADLY, "red")
 
 
 @dataclass(frozen=True)
