@@ -16,7 +16,6 @@ import hashlib
 import io
 import itertools
 import math
-import os
 import signal
 import sys
 from collections import Counter
@@ -30,10 +29,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch.utils.data import DataLoader, Dataset
 
-from vitexp.data.images import Images, Source, Subset, listed
-from vitexp.data.sources.folder import FileImages
-from vitexp.data.sources.hf import HubImages
-from vitexp.data.sources.parquet import TableImages
+from vitexp.data.images import Images, Source, listed
 from vitexp.errors import BadImage, UserError
 
 NEAR_PHASH, NEAR_DHASH = 6, 9  # bits of 64 in which two pictures that look the same may differ
@@ -168,7 +164,7 @@ def _bits(marks: np.ndarray) -> int:
 
 def stored_kind(images: Images, i: int) -> str:
     """`PNG RGBA`, `GIF P, animated` of the encoded picture; empty where there is none, or Pillow cannot open it."""
-    stored = _stored(images, i)
+    stored = images.stored(i)
     if stored is None:
         return ""
     try:
@@ -177,22 +173,6 @@ def stored_kind(images: Images, i: int) -> str:
             return f"{image.format} {image.mode}" + (", animated" if moving else "")
     except Exception:  # unreadable ones are found by reading them
         return ""
-
-
-def _stored(images: Images, i: int) -> bytes | str | None:
-    """The encoded picture, or the path of its file; None for a source of arrays."""
-    if isinstance(images, Subset):
-        return _stored(images.images, int(images.index[i]))
-    if isinstance(images, FileImages):
-        return os.path.join(images.root, os.fsdecode(images._paths[i].as_py()))
-    if isinstance(images, TableImages):
-        row = int(images._order[i])
-        chunk = int(np.searchsorted(images._starts, row, side="right")) - 1
-        return images._chunks[chunk][row - int(images._starts[chunk])].as_py()
-    if isinstance(images, HubImages):
-        cell = images._rows[i][images._column][0].as_py() or {}
-        return cell.get("bytes") or cell.get("path") or None
-    return None
 
 
 class _Chunks(Dataset):

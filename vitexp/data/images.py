@@ -62,6 +62,10 @@ class Images(Protocol):
         """uint8 (h, w, c). Raises BadImage naming the file."""
         ...
 
+    def stored(self, i: int) -> bytes | str | None:
+        """The encoded picture, or the path of its file; None where there is none, as of arrays."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
@@ -81,6 +85,9 @@ class ArrayImages:
     def read(self, i: int) -> np.ndarray:
         return self.pixels[i].copy()
 
+    def stored(self, i: int) -> None:
+        return None
+
 
 class Subset:
     """Some pictures of another split, in the order given."""
@@ -99,6 +106,9 @@ class Subset:
 
     def read(self, i: int) -> np.ndarray:
         return self.images.read(int(self.index[i]))
+
+    def stored(self, i: int) -> bytes | str | None:
+        return self.images.stored(int(self.index[i]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,9 @@ class FakeImages:
         noise = np.random.default_rng(derive_seed(self.seed, 2, self.first + i)).standard_normal(wave.shape)
         return np.clip(128 + 60 * wave + 30 * noise, 0, 255).astype(np.uint8)
 
+    def stored(self, i: int) -> None:
+        return None
+
 
 def fake(
     *,

@@ -40,8 +40,11 @@ class FileImages:
         return len(self.labels)
 
     def read(self, i: int) -> np.ndarray:
-        path = os.path.join(self.root, os.fsdecode(self._paths[i].as_py()))
+        path = self.stored(i)
         return decode(path, printable(path), self.channels)
+
+    def stored(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._paths[i].as_py()))
 
 
 def folder(root: str, *, val_fraction: float = 0.1, split_seed: int = 0, channels: int = 3) -> Source:

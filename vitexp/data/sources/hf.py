@@ -44,11 +44,15 @@ class HubImages:
         return len(self.labels)
 
     def read(self, i: int) -> np.ndarray:
-        stored = self._rows[i][self._column][0].as_py()
+        stored = self.stored(i)
         name = f"{self._split}: row {i} ({self.names[i]})"
-        if stored is None or (stored["bytes"] is None and not stored["path"]):
+        if stored is None:
             raise BadImage(name, "the table holds no bytes for it")
-        return decode(stored["path"] if stored["bytes"] is None else stored["bytes"], name, self.channels)
+        return decode(stored, name, self.channels)
+
+    def stored(self, i: int) -> bytes | str | None:
+        cell = self._rows[i][self._column][0].as_py() or {"bytes": None, "path": None}
+        return (cell["path"] or None) if cell["bytes"] is None else cell["bytes"]
 
 
 def _size_of(path: str | None) -> int:

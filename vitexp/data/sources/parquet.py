@@ -43,13 +43,17 @@ class TableImages:
         return len(self._order)
 
     def read(self, i: int) -> np.ndarray:
+        stored = self.stored(i)
+        name = f"{self._where.name(int(self._order[i]))} ({self.names[i]})"
+        if stored is None:
+            raise BadImage(name, "the table holds no bytes for it")
+        return decode(stored, name, self.channels)
+
+    def stored(self, i: int) -> bytes | None:
         row = int(self._order[i])
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
         buffer = self._chunks[chunk][row - int(self._starts[chunk])].as_buffer()
-        name = f"{self._where.name(row)} ({self.names[i]})"
-        if buffer is None:
-            raise BadImage(name, "the table holds no bytes for it")
-        return decode(buffer.to_pybytes(), name, self.channels)
+        return None if buffer is None else buffer.to_pybytes()
 
 
 @dataclass(frozen=True)
