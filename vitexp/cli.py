@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
     "label": "a teacher's label maps of every picture (teacher=<run, timm:<name> or weights> data=… output=<store>)",
     "compare": "finished runs side by side on the same pictures (compare <run> <run> …), with intervals and tests",
+    "report": "makes a report again: of a sweep's or pipeline's folder, or of all runs of an MLflow experiment",
     "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",
     "list": "what a group can be set to, a line each (list [models, experiments, optim, …, timm] [filter] params=true)",
     "completion": "lets a shell complete all this: eval `vitexp completion bash`, or zsh, fish",

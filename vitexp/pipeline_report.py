@@ -18,8 +18,10 @@ import yaml
 from vitexp import journal, plots
 from vitexp.config import CONFIG_NAME
 from vitexp.data.label_store import SPEED, open_store
+from vitexp.errors import UserError
 from vitexp.run_folder import make_folder, write_atomic
 
+REPORT = "report.json"
 # What a stage is judged by, best first: a classifier's accuracy, else a probe's, else that of nearest neighbours.
 ALSO_SHOWN = ("val/loss", "val_ema/top1", "val/effective_rank")
 # The last of these files in a stage's plots/ is shown.
@@ -59,6 +61,7 @@ class StageResult:
     losses: list[tuple[float, float]]  # (epoch, training loss)
     perf: dict[str, float]  # images_per_s and minutes, of the updates alone, over all its starts; empty if it made none
     maps: str | None = None  # what label maps it made
+    store: Path | None = None  # where those lie
 
     @property
     def accuracy(self) -> tuple[str, float] | None:
@@ -83,9 +86,49 @@ def write_report(folder: Path, *, name: str, parts: list[Part], baseline: str | 
     seen = [(path, f"{result.name}: {words}") for result in results for path, words in _pictures(result)]
     write_atomic(folder / "report.md", markdown(name, results, [*charts, *seen], folder, baseline=usual))
     write_atomic(folder / "report.html", page(name, results, [*charts, *seen], baseline=usual))
-    write_atomic(folder / "report.json", as_json(name, results, baseline=usual))
+    write_atomic(folder / REPORT, as_json(name, results, folder, baseline=usual))
     lines = [f"{result.name:<14}{result.maps or _accuracy(result)}{_compared(result, usual)}" for result in results]
     return "\n".join([*lines, f"report      {folder / 'report.html'}", f"            {folder / 'report.md'}"])
+
+
+def write_again(folder: Path) -> str:
+    """Writes the report of a finished pipeline anew, from its folder alone; returns lines for a person.
+
+    Which stages there are says the report that the pipeline wrote itself. Raises UserError where it cannot be read, or
+    a stage is not there any more."""
+    name, parts, baseline = _as_reported(folder)
+    try:
+        return write_report(folder, name=name, parts=parts, baseline=baseline)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: a stage of this pipeline is not whole any more, {error.filename} is gone") from None
+
+
+def _as_reported(folder: Path) -> tuple[str, list[Part], str | None]:
+    """Name, stages and baseline of the pipeline, from report.json."""
+
+    def place(path: str) -> Path:
+        return Path(os.path.normpath(folder / path))
+
+    path, taken = folder / REPORT, ("name", "parent", "teacher", "token_labels")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        parts = [
+            Part(
+                **{key: stage[key] for key in taken},
+                folder=place(stage["folder"]),
+                store=None if stage["store"] is None else place(stage["store"]),
+            )
+            for stage in said["stages"]
+        ]
+        return said["pipeline"], parts, next(iter(said.get("points_over", {})), None)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: this pipeline has not finished; its own command goes on, and ends with a report"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read as the report of a pipeline ({error!r}); the pipeline's own command writes it anew"
+        ) from None
 
 
 def read_run(part: Part) -> StageResult:
@@ -137,6 +180,7 @@ def read_labeling(part: Part, store: Path) -> StageResult:
         curve=[],
         losses=[],
         perf=perf,
+        store=store,
         maps=f"{kept} of {classes:,} classes at {height}x{width} places, {size:,.1f} MB",
     )
 
@@ -207,8 +251,12 @@ def table(results: list[StageResult], *, baseline: StageResult | None) -> list[t
     return rows
 
 
-def as_json(name: str, results: list[StageResult], *, baseline: StageResult | None) -> str:
-    stages = [{key: value for key, value in asdict(result).items() if key != "folder"} for result in results]
+def as_json(name: str, results: list[StageResult], folder: Path, *, baseline: StageResult | None) -> str:
+    def place(path: Path | None) -> str | None:
+        """Seen from the pipeline's folder: the report is the same wherever that lies."""
+        return None if path is None else Path(os.path.relpath(path, folder)).as_posix()
+
+    stages = [asdict(one) | {"folder": place(one.folder), "store": place(one.store)} for one in results]
     tree: dict[str, Any] = {"pipeline": name, "stages": stages}
     if baseline is not None:
         points = {result.name: result.points_over(baseline) for result in results}

@@ -10,6 +10,7 @@ Used by rank 0 alone. Imports no torch, and MLflow only in the background thread
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import logging
@@ -24,18 +25,19 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from vitexp import journal
-from vitexp.errors import UserError
+from vitexp.errors import UserError, nearest
 from vitexp.run_folder import process_exists
 
 RECORD_NAME = "tracking.json"
 JOURNAL_NAME = "metrics.jsonl"
+CHANGED = "changed."  # begins the tag of a param that a resume has changed: in MLflow params cannot
 # What `sync` sends of a run that was killed before it could name its files itself.
 USUAL_ARTIFACTS = (
     "config.yaml", "config.interpolated.yaml", "summary.json", "model.json", "model.safetensors", "plots",
@@ -448,7 +450,7 @@ def _describe(client: Any, run: Any, record: _Record) -> None:
     run_id, known = run.info.run_id, run.data.params
     params = [Param(key, value) for key, value in record.params.items() if key not in known]
     changed = {
-        _entity_name(f"changed.{key}"): value
+        _entity_name(f"{CHANGED}{key}"): value
         for key, value in record.params.items()
         if key in known and known[key] != value
     }
@@ -870,31 +872,108 @@ def fetch(
     Taken are `weights`, or else the best ones the run has, with their description, and what of config.yaml,
     config.interpolated.yaml and summary.json there is. UserError when the store does not answer, knows no such run, or
     the run lacks the weights or what is `needed`."""
-    store = resolve_uri(uri, root)
-    path, shown = _sqlite_path(store), without_password(store)
-    if path is not None and not path.exists():  # opening would make an empty one
-        raise UserError(f"run=mlflow:{run_id}: there is no MLflow store {path}; give uri=<tracking store>")
+    store, what = resolve_uri(uri, root), f"run=mlflow:{run_id}"
     folder = Path(root) / "from_mlflow" / run_id
-    try:
-        _import_mlflow(store)
-        client = _open_client(store)
+    with _reading(store, what) as client:
         if _find_run(client, run_id) is None:
-            raise UserError(f"run=mlflow:{run_id}: MLflow at {shown} has no such run; give uri= if it is in another")
+            shown = without_password(store)
+            raise UserError(f"{what}: MLflow at {shown} has no such run; give uri= if it is in another")
         there = {entry.path for entry in client.list_artifacts(run_id)}
         best = "model_best.safetensors" if "model_best.safetensors" in there else "model.safetensors"
         weights = best if weights is None else weights
         for name in (weights, str(Path(weights).with_suffix(".json")), *needed):
             if name not in there:
                 has = ", ".join(sorted(there)) or "no artifacts"
-                raise UserError(f"run=mlflow:{run_id}: the run has no artifact {name}; it has {has}")
+                raise UserError(f"{what}: the run has no artifact {name}; it has {has}")
         wanted = {weights, str(Path(weights).with_suffix(".json")), "config.yaml", "config.interpolated.yaml"}
         wanted = (wanted | {"summary.json"}) & there
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched.") as beside:
             for name in sorted(wanted):
                 os.replace(client.download_artifacts(run_id, name, beside), folder / name)
+    return folder, weights
+
+
+@contextlib.contextmanager
+def _reading(store: str, what: str) -> Iterator[Any]:
+    """A client of a store that is there. Raises UserError, which `what` begins, for all that goes wrong meanwhile."""
+    path, shown = _sqlite_path(store), without_password(store)
+    if path is not None and not path.exists():  # opening would make an empty one
+        raise UserError(f"{what}: there is no MLflow store {path}; give uri=<tracking store>")
+    try:
+        _import_mlflow(store)
+        yield _open_client(store)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"run=mlflow:{run_id}: cannot be fetched from MLflow at {shown}: {_one_line(error)}") from error
-    return folder, weights
+        raise UserError(f"{what}: cannot be fetched from MLflow at {shown}: {_one_line(error)}") from error
+
+
+# ---- all runs of an experiment
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as its store tells of it."""
+
+    run_id: str
+    name: str
+    status: str  # RUNNING, FINISHED, FAILED, KILLED or SCHEDULED
+    params: dict[str, str]  # where a resume changed some, the newer value
+    metrics: dict[str, float]  # the last value of each
+    tags: dict[str, str]
+    minutes: float  # from its first start to its end, 0 before that
+
+    @classmethod
+    def of(cls, run: Any) -> TrackedRun:
+        tags, ended = dict(run.data.tags), run.info.end_time
+        changed = {key.removeprefix(CHANGED): value for key, value in tags.items() if key.startswith(CHANGED)}
+        return cls(
+            run_id=run.info.run_id,
+            name=run.info.run_name or run.info.run_id,
+            status=run.info.status,
+            params={**run.data.params, **changed},
+            metrics=dict(run.data.metrics),
+            tags=tags,
+            minutes=(ended - run.info.start_time) / 60_000 if ended else 0.0,
+        )
+
+
+def experiment_runs(experiment: str, *, root: Path, uri: str | None = None) -> list[TrackedRun]:
+    """The runs of the experiment of this name, the first one first. Raises UserError where there is none."""
+    store, what = resolve_uri(uri, root), f"mlflow:{experiment}"
+    with _reading(store, what) as client:
+        found = client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage == "deleted":
+            names = [one.name for one in client.search_experiments()]
+            near = nearest(experiment, names) or f" It has {', '.join(sorted(names))}."
+            raise UserError(f"{what}: MLflow at {without_password(store)} has no such experiment.{near}")
+        runs, page = [], None
+        while page != "":
+            answer = client.search_runs(
+                [found.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000, page_token=page
+            )
+            runs += [TrackedRun.of(run) for run in answer]
+            page = answer.token or ""
+    return runs
+
+
+def metric_points(
+    run_ids: Iterable[str], metric: str, *, root: Path, uri: str | None = None
+) -> dict[str, list[tuple[float, float]]]:
+    """(epoch, value) of each logged value of a metric, by run. Raises UserError when the store does not answer."""
+    points = {}
+    with _reading(resolve_uri(uri, root), metric) as client:
+        for run_id in run_ids:
+            epochs = {one.step: one.value for one in client.get_metric_history(run_id, "epoch")}
+            values = {one.step: one.value for one in client.get_metric_history(run_id, metric)}
+            points[run_id] = [(epochs[step], value) for step, value in sorted(values.items()) if step in epochs]
+    return points
+
+
+def newest_experiment(*, root: Path, uri: str | None = None) -> tuple[str, str] | None:
+    """(id, name) of the experiment in which a run began last, None where there are no runs. Raises UserError."""
+    with _reading(resolve_uri(uri, root), "ui") as client:
+        names = {one.experiment_id: one.name for one in client.search_experiments()}
+        last = client.search_runs(list(names), order_by=["attributes.start_time DESC"], max_results=1)
+        return (last[0].info.experiment_id, names[last[0].info.experiment_id]) if last else None

@@ -8,11 +8,13 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vitexp.statistics import marginal_effects
 from vitexp.sweeps.ledger import Entry, Ledger
-from vitexp.sweeps.report import find, write_report
+from vitexp.sweeps.report import find, in_ranges, write_report
 
 RATES, OPTIMS, SEEDS = ("1e-4", "1e-3"), ("adam", "sgd"), ("0", "1", "2")
 
@@ -71,7 +73,7 @@ def test_means_effects_and_the_best_are_of_what_finished(ledger: Ledger) -> None
     assert fast.balanced.mean - slow.balanced.mean == pytest.approx(0.2)
     assert found.best is not None
     assert found.best.name == "adam-1e-3-1"
-    assert {one.name for one in found.unfinished} == {"adam-1e-3-2", "sgd-1e-3-2"}
+    assert {one.name for one in found.left_out} == {"adam-1e-3-2", "sgd-1e-3-2"}
 
 
 def test_the_smallest_can_be_the_best(ledger: Ledger) -> None:
@@ -107,3 +109,12 @@ def test_a_sweep_of_which_nothing_finished_has_a_report_too(ledger: Ledger) -> N
     write_report(ledger, metric=None, maximize=True)
     tree = json.loads((ledger.folder / "report.json").read_text())
     assert (tree["best"], tree["metric"], tree["settings"]) == (None, None, [])
+
+
+def test_a_setting_that_many_numbers_were_drawn_for_is_shown_in_ranges_of_equally_many_runs() -> None:
+    rows: list[dict[str, Any]] = [{"lr": 10.0**-n, "metric": float(n)} for n in range(20)]
+    effects = marginal_effects(in_ranges(rows, "lr"), "lr", "metric", axes=["lr"])
+    assert [effect.all.n for effect in effects] == [4] * 5
+    assert effects[0].value == "1e-19 to 1e-16"
+    assert effects[0].all.mean == pytest.approx(statistics.mean([19, 18, 17, 16]))
+    assert in_ranges(rows[:12], "lr") == rows[:12]

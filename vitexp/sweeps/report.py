@@ -1,4 +1,4 @@
-"""What a sweep found: report.html in one file, report.md, report.json. Made when it ends, and by `vitexp report`.
+"""What many runs found: report.html in one file, report.md, report.json. Made when a sweep ends, and by `report`.
 
 Runs that differ in the seed alone are one setting, shown by mean and standard deviation. Only finished runs with a
 finite metric count; the others are listed with what became of them."""
@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vitexp import journal, plots
 from vitexp.pipeline_report import html_figures, html_page, html_table
 from vitexp.run_folder import make_folder, write_atomic
 from vitexp.statistics import Effect, Spread, marginal_effects, mean_std
-from vitexp.sweeps.display import of_summary
 from vitexp.sweeps.ledger import Entry, Ledger
 
 SEED = "seed"
 CURVES_SHOWN = 6  # settings, the best ones: more lines than that are no picture
+AXES_SHOWN = 8  # in pictures, those that matter most
+VALUES_SHOWN, RANGES = 12, 5  # of an axis: where there are more values they are put together in so many ranges
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One job."""
+    """One run."""
 
     name: str
     entry: Entry
@@ -54,12 +56,18 @@ class Setting:
 class Findings:
     """All that the three files say."""
 
-    sweep: str
+    kind: Literal["sweep", "experiment"]
+    name: str
     metric: str | None
     maximize: bool
     outcomes: list[Outcome]
     settings: list[Setting]  # best first
-    effects: dict[str, list[Effect]]  # by swept key, but for the seed
+    axes: list[str]  # keys that differ, but for the seed
+    effects: dict[str, list[Effect]]  # by axis
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind.capitalize()} {self.name}"
 
     @property
     def best(self) -> Outcome | None:
@@ -67,61 +75,104 @@ class Findings:
         return (max if self.maximize else min)(judged, key=lambda pair: pair[0])[1] if judged else None
 
     @property
-    def unfinished(self) -> list[Outcome]:
+    def left_out(self) -> list[Outcome]:
         return [one for one in self.outcomes if one.metric is None]
 
 
 def write_report(ledger: Ledger, *, metric: str | None, maximize: bool) -> str:
     """Writes the three files into the sweep's folder and returns the report as short text."""
-    found = find(ledger, metric=metric, maximize=maximize)
-    pictures = draw(found, ledger.folder / "plots")
-    write_atomic(ledger.folder / "report.json", as_json(found))
-    write_atomic(ledger.folder / "report.md", markdown(found, pictures, ledger.folder))
-    write_atomic(ledger.folder / "report.html", page(found, pictures))
-    return f"report      {ledger.folder / 'report.html'}"
+    return write_files(find(ledger, metric=metric, maximize=maximize), ledger.folder)
+
+
+def write_files(found: Findings, folder: Path) -> str:
+    """Writes the three files and their pictures; returns where, as a line for a person."""
+    pictures = draw(found, folder / "plots")
+    write_atomic(folder / "report.json", as_json(found))
+    write_atomic(folder / "report.md", markdown(found, pictures, folder))
+    write_atomic(folder / "report.html", page(found, pictures))
+    return f"report      {folder / 'report.html'}"
+
+
+# ---- what is found ---------------------------------------------------------------------------------------------------
 
 
 def find(ledger: Ledger, *, metric: str | None, maximize: bool) -> Findings:
-    """Reads what the jobs left. `metric` None: what they are judged by, the same for all."""
-    done = [name for name in ledger.jobs if ledger.is_finished(name)]
-    if metric is None:
-        named = [found[0] for name in done if (found := of_summary(ledger.folder / name, metric=None)) is not None]
-        metric = next((one for one in journal.JUDGED_BY if one in named), None)
-    outcomes = [_outcome(ledger, name, entry, metric) for name, entry in ledger.jobs.items()]
+    """What the jobs of a sweep left. `metric` None: what they are judged by, the same for all."""
+    measured = {name: summary_of(ledger.folder / name) for name in ledger.jobs if ledger.is_finished(name)}
+    metric = metric or judged_by(measured.values())
+    outcomes = []
+    for name, entry in ledger.jobs.items():
+        values = {text.partition("=")[0].lstrip("+~"): text.partition("=")[2] for text in entry.overrides}
+        swept = {key: number(values[key]) for key in ledger.swept if key in values}
+        value = measured.get(name, {}).get(metric or "")
+        rows = journal.read(ledger.folder / name / "metrics.jsonl") if value is not None else []
+        curve = [(row["epoch"], row[metric]) for row in rows if metric in row]
+        outcomes.append(Outcome(name, entry, swept, value, curve))
+    return findings("sweep", ledger.folder.name, outcomes, ledger.swept, metric=metric, maximize=maximize)
+
+
+def summary_of(folder: Path) -> dict[str, float]:
+    """The finite numbers of a finished run's summary; none where it cannot be read."""
+    try:
+        return finite(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
+
+
+def judged_by(measured: Iterable[Mapping[str, float]]) -> str | None:
+    """By which metric runs with these are judged, one for all; None where none of them has one."""
+    named = set().union(*measured)
+    return next((one for one in journal.JUDGED_BY if one in named), None)
+
+
+def findings(
+    kind: Literal["sweep", "experiment"],
+    name: str,
+    outcomes: list[Outcome],
+    swept: Sequence[str],
+    *,
+    metric: str | None,
+    maximize: bool,
+) -> Findings:
+    """Settings with means over their seeds, and what each swept key does."""
     judged = [one for one in outcomes if one.metric is not None]
     groups: dict[str, list[Outcome]] = {}
     for one in judged:
         groups.setdefault(one.setting, []).append(one)
     settings = [
         Setting(
-            name,
+            setting,
             runs,
             mean_std([one.metric for one in runs if one.metric is not None]),
             sum(one.entry.minutes for one in runs) / len(runs),
         )
-        for name, runs in groups.items()
+        for setting, runs in groups.items()
     ]
     settings.sort(key=lambda one: one.spread.mean, reverse=maximize)
     rows = [one.swept | {"metric": one.metric} for one in judged]
-    axes = [key for key in ledger.swept if len({str(one.swept.get(key)) for one in outcomes}) > 1]
-    effects = {key: marginal_effects(rows, key, "metric", axes=axes) for key in axes if key != SEED}
-    return Findings(ledger.folder.name, metric, maximize, outcomes, settings, effects)
+    differing = [key for key in swept if len({str(one.swept.get(key)) for one in outcomes}) > 1]
+    axes = [key for key in differing if key != SEED]
+    effects = {key: marginal_effects(in_ranges(rows, key), key, "metric", axes=differing) for key in axes}
+    return Findings(kind, name, metric, maximize, outcomes, settings, axes, effects)
 
 
-def _outcome(ledger: Ledger, name: str, entry: Entry, metric: str | None) -> Outcome:
-    values = {text.partition("=")[0].lstrip("+~"): text.partition("=")[2] for text in entry.overrides}
-    found = of_summary(ledger.folder / name, metric=metric) if metric and ledger.is_finished(name) else None
-    rows = journal.read(ledger.folder / name / "metrics.jsonl") if found is not None else []
-    return Outcome(
-        name=name,
-        entry=entry,
-        swept={key: _number(values[key]) for key in ledger.swept if key in values},
-        metric=None if found is None else found[1],
-        curve=[(row["epoch"], row[metric]) for row in rows if metric in row],
-    )
+def in_ranges(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows, where a search drew many numbers for the key with ranges of them, equally many rows in each."""
+    drawn = {row.get(key) for row in rows}
+    if len(drawn) <= VALUES_SHOWN or not all(isinstance(value, int | float) for value in drawn):
+        return rows
+    ordered = sorted(rows, key=lambda row: row[key])
+    parts = [ordered[len(rows) * n // RANGES : len(rows) * (n + 1) // RANGES] for n in range(RANGES)]
+    return [row | {key: f"{part[0][key]:.3g} to {part[-1][key]:.3g}"} for part in parts for row in part]
 
 
-def _number(text: str) -> Any:
+def number(text: str) -> Any:
+    """An int or a float where the text is one, else the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -145,21 +196,27 @@ def draw(found: Findings, folder: Path) -> list[tuple[Path, str]]:
         best = "" if len(found.settings) <= CURVES_SHOWN else f", the best {CURVES_SHOWN} settings"
         title = f"{found.metric} by epoch{best}"
         pictures.append((plots.by_epoch(learned, folder / "curves.png", title=title, percent=percent), "By epoch"))
-    if found.effects:
+    if axes := _most_important(found):
         effects = {
-            key: [(str(one.value), one.all.mean, one.all.std, one.all.n) for one in of_axis]
-            for key, of_axis in found.effects.items()
+            key: [(str(one.value), one.all.mean, one.all.std, one.all.n) for one in found.effects[key]] for key in axes
         }
         title = f"{found.metric} at each value, mean and standard deviation"
         path = plots.effects(effects, folder / "effects.png", title=title, percent=percent)
         pictures.append((path, "Effect of each setting"))
     judged = [one for one in found.outcomes if one.metric is not None]
-    if len(found.effects) > 1 and len(judged) > 2:
-        columns = {key: [one.swept.get(key) for one in judged] for key in found.effects}
+    if len(axes) > 1 and len(judged) > 2:
+        columns = {key: [one.swept.get(key) for one in judged] for key in axes}
         columns[str(found.metric)] = [one.metric for one in judged]
         path = plots.parallel_coordinates(columns, folder / "parallel.png", title="all finished runs")
         pictures.append((path, "All runs"))
     return pictures
+
+
+def _most_important(found: Findings) -> list[str]:
+    """Axes by how far apart the means at their values are, at most AXES_SHOWN, in their own order."""
+    means = {key: [one.all.mean for one in of_axis] for key, of_axis in found.effects.items() if of_axis}
+    ranked = sorted(means, key=lambda key: max(means[key]) - min(means[key]), reverse=True)[:AXES_SHOWN]
+    return [key for key in found.axes if key in ranked]
 
 
 def tables(found: Findings) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -185,10 +242,19 @@ def tables(found: Findings) -> list[tuple[str, list[str], list[list[str]]]]:
             for one in of_axis
         ]
         made.append((f"Effect of {key}", [key, str(found.metric), "runs", "balanced"], rows))
-    if found.unfinished:
-        rows = [[one.name, one.entry.state, one.entry.reason, str(one.entry.attempts)] for one in found.unfinished]
-        made.append(("Not finished", ["job", "state", "reason", "attempts"], rows))
+    if found.left_out:
+        rows = [
+            [one.name, one.setting, one.entry.state, _why(one, found.metric), str(one.entry.attempts)]
+            for one in found.left_out
+        ]
+        made.append(("Not counted", ["run", "setting", "state", "reason", "attempts"], rows))
     return made
+
+
+def _why(left_out: Outcome, metric: str | None) -> str:
+    if left_out.entry.state != "finished":
+        return left_out.entry.reason
+    return f"has no {metric}, or none that is finite" if metric else "has nothing that runs are judged by"
 
 
 def words(found: Findings) -> list[str]:
@@ -206,11 +272,12 @@ def words(found: Findings) -> list[str]:
 
 
 def command_of(found: Findings) -> str | None:
-    return None if found.best is None else f"python -m vitexp {shlex.join(found.best.entry.overrides)}"
+    best = found.best
+    return f"python -m vitexp {shlex.join(best.entry.overrides)}" if best is not None and best.entry.overrides else None
 
 
 def markdown(found: Findings, pictures: Sequence[tuple[Path, str]], folder: Path) -> str:
-    lines = [f"# Sweep {found.sweep}", "", *words(found), ""]
+    lines = [f"# {found.title}", "", *words(found), ""]
     if (command := command_of(found)) is not None:
         lines += ["```", command, "```", ""]
     for heading, columns, rows in tables(found):
@@ -222,12 +289,12 @@ def markdown(found: Findings, pictures: Sequence[tuple[Path, str]], folder: Path
 
 
 def page(found: Findings, pictures: Sequence[tuple[Path, str]]) -> str:
-    parts = [f"<h1>Sweep {html.escape(found.sweep)}</h1>", *(f"<p>{html.escape(one)}</p>" for one in words(found))]
+    parts = [f"<h1>{html.escape(found.title)}</h1>", *(f"<p>{html.escape(one)}</p>" for one in words(found))]
     if (command := command_of(found)) is not None:
         parts.append(f"<pre>{html.escape(command)}</pre>")
     for heading, columns, rows in tables(found):
         parts.append(f"<h2>{html.escape(heading)}</h2>{html_table(columns, rows)}")
-    return html_page(f"Sweep {found.sweep}", "".join(parts) + html_figures(pictures))
+    return html_page(found.title, "".join(parts) + html_figures(pictures))
 
 
 def as_json(found: Findings) -> str:
@@ -235,8 +302,9 @@ def as_json(found: Findings) -> str:
         return {"mean": _finite(one.mean), "std": _finite(one.std), "n": one.n}
 
     tree = {
-        "sweep": found.sweep,
+        found.kind: found.name,
         "metric": found.metric,
+        "maximize": found.maximize,
         "jobs": [
             {"job": one.name, **one.swept, "state": one.entry.state, "reason": one.entry.reason, "metric": one.metric}
             for one in found.outcomes
