@@ -6,7 +6,6 @@ Nothing heavy is imported here, not even Hydra for --help; torch, timm and MLflo
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import sys
 import textwrap
@@ -32,6 +31,7 @@ COMMANDS = {
     "export": "the model for other tools (run=<folder> format=safetensors, timm, torch_export, onnx or hf)",
     "list": "what a group can be set to, a line each (list [models, experiments, optim, …, timm] [filter] params=true)",
     "completion": "lets a shell complete all this: eval `vitexp completion bash`, or zsh, fish",
+    "ui": "MLflow's pages of all runs here, in a browser (port=5000 open=true), until Ctrl-C",
     "sync": "send the metrics of a run (run=<folder>) that its tracking server has missed",
 }
 EXAMPLES = (
@@ -109,7 +109,7 @@ def _hydra(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from vitexp.config import check, register_resolvers, request_of, sweep_axes
+    from vitexp.config import check, covering, register_resolvers, request_of, sweep_axes
     from vitexp.config_paths import conf_dir
     from vitexp.launch import complain, run_in_processes
 
@@ -117,11 +117,10 @@ def _hydra(arguments: list[str]) -> int:
     config_dir = _take_option(rest, "--config-dir", "-cd")
     swept: list[str] = []
     if any(text in MULTIRUN for text in rest):
-        axes = sweep_axes([text for text in rest if not text.startswith("-")], config_dir)
+        axes = sweep_axes([text for text in rest if not text.startswith("-")], config_dir, ends=True)
         swept = [values[0].partition("=")[0] for values in axes if len(values) > 1]
-        # Jobs that together show every value of every axis once: enough to find each typo, however large the sweep.
-        for values in itertools.zip_longest(*axes):
-            _checked([value or axis[0] for value, axis in zip(values, axes, strict=True)], config_dir)
+        for overrides in covering(axes):  # enough to find each typo
+            _checked(overrides, config_dir)
     register_resolvers(swept)
     failed: list[tuple[str, int]] = []
     sweep_process = os.getpid()

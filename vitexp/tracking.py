@@ -100,6 +100,12 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
+def folder_of(uri: str) -> Path | None:
+    """Where the store's file lies; None for a server and for a database that is no file."""
+    path = _sqlite_path(uri)
+    return None if path is None else path.parent
+
+
 # ---- facts on the run
 
 
