@@ -112,6 +112,7 @@ def _hydra(arguments: list[str]) -> int:
     from vitexp.config import check, covering, register_resolvers, request_of, sweep_axes
     from vitexp.config_paths import conf_dir
     from vitexp.launch import complain, run_in_processes
+    from vitexp.sweeps.display import of_summary
 
     rest = list(arguments)
     config_dir = _take_option(rest, "--config-dir", "-cd")
@@ -125,7 +126,7 @@ def _hydra(arguments: list[str]) -> int:
     failed: list[tuple[str, int]] = []
     sweep_process = os.getpid()
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> float | None:
         place = HydraConfig.get()
         config.output_dir = place.runtime.output_dir
         overrides = ", ".join(place.overrides.task)
@@ -138,6 +139,9 @@ def _hydra(arguments: list[str]) -> int:
             failed.append((overrides, code))
             if os.getpid() != sweep_process:  # a parallel launcher learns of a failure only by an exception
                 raise RuntimeError(f"the run ended with exit code {code}")
+            return None
+        found = of_summary(Path(config.output_dir), metric=None)  # for sweepers, which choose by it
+        return None if found is None else found[1]
 
     sys.argv = ["vitexp", *arguments]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -123,30 +124,87 @@ def sweep_slug(overrides: Iterable[str], swept: Collection[str]) -> str:
     return f"{'_'.join(words)[:60]}-{hashlib.sha1(chr(10).join(overrides).encode()).hexdigest()[:6]}"
 
 
-def sweep_axes(overrides: Iterable[str], config_dir: str | None = None) -> list[list[str]]:
+def sweep_axes(overrides: Iterable[str], config_dir: str | None = None, *, ends: bool = False) -> list[list[str]]:
     """Each override as the list of those it stands for in a sweep: `optim=adam,sgd` as two, a plain one as itself.
 
-    Lists, ranges and glob(...) over a group's options. Raises UserError for an interval, which has no steps."""
-    overrides = list(overrides)
+    Lists, ranges and glob(...) over a group's options. An interval has no steps: with `ends` it stands for its two
+    ends, without it raises UserError."""
     axes = []
+    for part in search_space(overrides, config_dir):
+        if isinstance(part, str):
+            axes.append([part])
+        elif part.values is not None:
+            axes.append([f"{part.key}={value}" for value in part.values])
+        elif ends:
+            axes.append([f"{part.key}={part.text(value)}" for value in (part.low, part.high)])
+        else:
+            raise UserError(
+                f"{part.key}=interval({part.low:g},{part.high:g}): has no steps to try one after another; give values, "
+                "range(first,end,step), or search it: sweep=optuna"
+            )
+    return axes
+
+
+def covering(axes: list[list[str]]) -> Iterator[list[str]]:
+    """Overrides of jobs that together show every value of every axis once: few, however large the grid."""
+    for values in itertools.zip_longest(*axes) if axes else [()]:
+        yield [value or axis[0] for value, axis in zip(values, axes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A key that is swept: some values, or all numbers between two."""
+
+    key: str
+    values: tuple[str, ...] | None = None  # None: an interval
+    low: float = 0.0
+    high: float = 0.0  # included
+    step: float | None = None  # of a range, whose `values` are all of it
+    log: bool = False  # the logarithm is what changes evenly
+    whole: bool = False
+
+    def text(self, value: float) -> str:
+        """Short enough to read, exact enough to search."""
+        return str(round(value)) if self.whole else f"{value:.6g}"
+
+
+def search_space(overrides: Iterable[str], config_dir: str | None = None) -> list[str | Dimension]:
+    """The overrides in their order, those that are swept as dimensions. Raises UserError."""
+    overrides = list(overrides)
+    found: list[str | Dimension] = []
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
-        key = override.get_key_element()
-        pattern: Any = override.value()
-        if isinstance(pattern, Glob):
+        key, swept = override.get_key_element(), override.value()
+        if isinstance(swept, Glob):
             options = config_groups(config_dir).get(override.key_or_group)
             if options is None:
                 raise UserError(f"{text}: glob chooses options of a group, and {override.key_or_group} is none")
-            values = pattern.filter(options)
+            values = swept.filter(options)
             if not values:
                 raise UserError(f"{text}: no option of {override.key_or_group} matches; there are {', '.join(options)}")
-            axes.append([f"{key}={value}" for value in values])
+            found.append(Dimension(key, tuple(values)))
+        elif isinstance(swept, IntervalSweep):
+            found.append(_interval(text, key, swept))
         elif override.is_discrete_sweep():
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        elif override.is_sweep_override():
-            raise UserError(f"{text}: has no steps to try one after another; give values, or range(first,end,step)")
+            values = tuple(override.sweep_string_iterator())
+            if isinstance(swept, RangeSweep) and not swept.shuffle and values and swept.step > 0:
+                numbers = [float(value) for value in values]
+                whole = all(isinstance(number, int) for number in (swept.start, swept.stop, swept.step))
+                found.append(Dimension(key, values, numbers[0], numbers[-1], float(swept.step), whole=whole))
+            else:
+                found.append(Dimension(key, values))
         else:
-            axes.append([text])
-    return axes
+            found.append(text)
+    return found
+
+
+def _interval(text: str, key: str, swept: IntervalSweep) -> Dimension:
+    low, high = (float(end) for end in (swept.start or 0, swept.end or 0))
+    log = "log" in swept.tags
+    if unknown := set(swept.tags) - {"log", "int"}:
+        raise UserError(f"{text}: tag {min(unknown)!r} is none of log, int")
+    if not low < high or (log and low <= 0):
+        raise UserError(f"{text}: an interval goes from a lower to a higher number" + (", above 0 for log" * log))
+    return Dimension(key, None, low, high, log=log, whole="int" in swept.tags or isinstance(swept.start, int))
 
 
 def quoted(value: Any) -> str:

@@ -6,7 +6,6 @@ alone what has finished, goes on with what was stopped or killed, and tries agai
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import signal
 import sys
@@ -16,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitexp.config import build, compose_and_check, quoted, sweep_axes, sweep_settings
+from vitexp.config import build, compose_and_check, covering, quoted, sweep_axes, sweep_settings
 from vitexp.run_folder import RunLock, is_locked, make_folder
 from vitexp.signals import StopRequest
 from vitexp.sweeps.display import Row, Standing, SweepDisplay, label, of_summary, standing
 from vitexp.sweeps.jobs import Grid, Job, Source, folder_of, jobs_of, of_the_sweep
 from vitexp.sweeps.ledger import Entry, Ledger, State, read_ledger
 from vitexp.sweeps.local import Launcher, Limits, Running
+from vitexp.sweeps.search import Search, Trials, with_space
 
 POLL_S = 0.2
 LOOK_S = 1.0  # between two looks at the journals of jobs that run
@@ -32,19 +32,20 @@ ORPHAN_S = 90.0  # how long a job of a launcher that was killed is waited for: i
 def main(overrides: list[str], config_dir: str | None) -> int:
     """Runs what is missing of the sweep and returns an exit code: 0, 1 where a job did not finish, 128 + signal."""
     settings = sweep_settings(overrides, config_dir)
-    first = check_jobs(overrides, config_dir)
+    search: Search | None = build(settings["search"]) if settings.get("search") else None
+    command = ["python", "-m", "vitexp", "--multirun", *overrides]
+    overrides = with_space(overrides, settings.get("space"))
+    first = check_jobs(overrides, config_dir, search=search is not None)
     folder = folder_of(overrides, experiment=first.name)
     with StopRequest() as stop, RunLock(folder):
-        jobs = jobs_of(overrides, config_dir)
-        ledger = begin(folder, jobs, overrides, settings)
+        ledger = read_ledger(folder) or Ledger(folder, [], [])
+        ledger.command, ledger.metric, ledger.maximize = command, settings["metric"], settings["maximize"]
+        source, jobs, wanted = open_source(search, overrides, config_dir, ledger)
         done = sum(ledger.is_finished(job.name) for job in jobs)
-        say(
-            f"sweep       {len(jobs)} jobs, {settings['jobs']} at a time"
-            + (f", {done} finished already" if done else "")
-        )
+        say(f"sweep       {wanted}, {settings['jobs']} at a time" + (f", {done} finished already" if done else ""))
         say(f"folder      {folder}")
         stop.deferred = True  # looked at between two polls
-        ended_by = run_jobs(Grid(jobs, ledger), jobs, ledger, settings, stop=stop, config_dir=config_dir)
+        ended_by = run_jobs(source, jobs, ledger, settings, stop=stop, config_dir=config_dir)
         say(closing(jobs, ledger))
         if any(ledger.is_finished(name) for name in ledger.jobs):
             from vitexp.sweeps.report import write_report
@@ -53,32 +54,40 @@ def main(overrides: list[str], config_dir: str | None) -> int:
     if ended_by is not None:
         say(f"vitexp: stopped by {signal.Signals(ended_by).name}; the same command goes on from here")
         return 128 + ended_by
-    return 0 if all(ledger.is_finished(job.name) or ledger.jobs[job.name].state == "pruned" for job in jobs) else 1
+    if isinstance(source, Trials):  # those that failed were replaced
+        return 0 if source.is_complete else 1
+    return 0 if all(ledger.is_finished(job.name) for job in jobs) else 1
 
 
-def check_jobs(overrides: list[str], config_dir: str | None) -> Any:
-    """The settings of the first job. Together those composed here show every value of every axis once: enough to find
-    each typo, however large the sweep. Raises UserError."""
+def check_jobs(overrides: list[str], config_dir: str | None, *, search: bool = False) -> Any:
+    """The settings of the first job. Together those composed here show every value of every axis, and both ends of
+    what a search takes between them: enough to find each typo, however large the sweep. Raises UserError."""
     from vitexp.tracking import resolve_uri
 
-    axes = sweep_axes([text for text in overrides if not of_the_sweep(text)], config_dir)
+    axes = sweep_axes([text for text in overrides if not of_the_sweep(text)], config_dir, ends=search)
     first = None
-    for values in itertools.zip_longest(*axes) if axes else [()]:
-        config = compose_and_check([value or axis[0] for value, axis in zip(values, axes, strict=True)], config_dir)
+    for job in covering(axes):
+        config = compose_and_check(job, config_dir)
         resolve_uri(config.tracking.get("uri"), Path("outputs"))
         first = first or config
     return first
 
 
-def begin(folder: Path, jobs: Sequence[Job], overrides: Sequence[str], settings: Mapping[str, Any]) -> Ledger:
-    """The ledger, with what it knew of these jobs; those of another command in the folder stay in it."""
-    ledger = read_ledger(folder) or Ledger(folder, [], [])
-    ledger.command = ["python", "-m", "vitexp", "--multirun", *overrides]
-    ledger.metric, ledger.maximize = settings["metric"], settings["maximize"]
-    for job in jobs:
-        enter(job, ledger)
-    ledger.write()
-    return ledger
+def open_source(
+    search: Search | None, overrides: list[str], config_dir: str | None, ledger: Ledger
+) -> tuple[Source, list[Job], str]:
+    """Where jobs come from, those that are known by now, and what is wanted in a few words.
+
+    What the ledger knew of them stays; those of another command in the folder stay in it."""
+    if search is None:
+        jobs = jobs_of(overrides, config_dir)
+        for job in jobs:
+            enter(job, ledger)
+        ledger.write()
+        return Grid(jobs, ledger), jobs, f"{len(jobs)} jobs"
+    settings = [text for text in overrides if not of_the_sweep(text)]
+    trials = search.open(settings, config_dir, ledger, say=say)
+    return trials, trials.known, f"{search.trials} trials, {trials.counted} done"
 
 
 def enter(job: Job, ledger: Ledger) -> Entry:
