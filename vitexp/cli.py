@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train, evaluate, save and track one run (when no command is named)",
     "evaluate": "measure a finished run (run=<folder>) or weights (init_from=<file> model=…) on its validation split",
-    "plan": "parameters, GFLOPs, memory, steps, learning rates, time of a run (overrides, or run=<folder>), untrained",
+    "plan": "GFLOPs, memory, disk, rates, time of a run (overrides, run=<folder>), a sweep or a pipeline, untrained",
     "lr_finder": "learning rates at which a run would learn, from one sweep through them (overrides, lr_min=, lr_max=)",
     "doctor": "what is wrong with a data set (data=…): unreadable, double and odd pictures, classes; settings to paste",
     "predict": "class of every picture (run=<folder> input=<folder or glob> output=<csv, parquet or jsonl>)",
@@ -76,12 +76,16 @@ def _run(arguments: list[str]) -> int:
     if command == "train" and any(argument in HYDRA_FLAGS for argument in arguments):
         return _hydra(arguments)
     config_dir = _take_option(arguments, "--config-dir", "-cd")
+    if command == "plan":
+        arguments = [argument for argument in arguments if argument not in MULTIRUN]
     for argument in arguments:
         if argument.startswith("-"):
             raise UserError(f"{argument}: no such option; settings are given as key=value, see python -m vitexp --help")
     if command == "train":
         return _train(arguments, config_dir)
-    command_main = importlib.import_module(f"vitexp.commands.{command}").main
+    # A sweep's and a pipeline's are planned too, which the commands know nothing of.
+    module = "vitexp.plan_many" if command == "plan" else f"vitexp.commands.{command}"
+    command_main = importlib.import_module(module).main
     return command_main(arguments, config_dir)
 
 

@@ -1,11 +1,13 @@
-"""What a model costs before any training: parameters, arithmetic, memory. Counted, never measured."""
+"""What a model costs before any training: parameters, arithmetic, memory, disk. Counted, never measured."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +87,38 @@ def state_bytes(
         average=size(parameters) if averaged else 0,
         teacher=0 if teacher is None else weights(teacher),
     )
+
+
+@dataclass(frozen=True)
+class DiskBytes:
+    """What a run leaves on disk, but for its rows and pictures."""
+
+    checkpoint: int  # one
+    checkpoints: int  # how many of them stay
+    weights: int  # exported files
+    logged: int = 0  # the copy of some of them in a tracking store on this disk
+
+    @property
+    def left(self) -> int:
+        """At its end. While it runs it needs a checkpoint more at times: an old one goes when the new one is whole."""
+        return self.checkpoints * self.checkpoint + self.weights + self.logged
+
+
+def checkpoint_bytes(held: StateBytes) -> int:
+    """Bytes of a checkpoint: weights, what the optimizer keeps, and the average, under all of the weights' names."""
+    return held.weights + held.optimizer + (held.weights if held.average else 0)
+
+
+def disk_needed(runs: Sequence[DiskBytes], *, at_a_time: int) -> int:
+    """Bytes that runs in the end, so many side by side, take at most."""
+    between = sorted((run.checkpoint for run in runs if run.checkpoints), reverse=True)[:at_a_time]
+    return sum(run.left for run in runs) + sum(between)
+
+
+def free_disk(place: Path) -> int:
+    """Bytes that are free where a folder is, or is going to be."""
+    place = place.expanduser().absolute()
+    return shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
 
 
 def training_gflops(method: nn.Module, make_inputs: Callable[[torch.device], Sequence[Any]]) -> float:

@@ -1,14 +1,14 @@
 """`python -m vitexp plan [overrides]` or `plan run=<run> [overrides]`: what a run would be, without training.
 
-Its parameters, arithmetic, memory, steps and learning rates as text, and its time from a short probe: `probe=true`
-measures a large model, too, `probe=false` none. `plot=<file.png>` draws the learning rate. `run` is a run folder, the
-weights it exported, or mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri."""
+Its parameters, arithmetic, memory, disk, steps and learning rates as text, and its time from a short probe:
+`probe=true` measures a large model, too, `probe=false` none. `plot=<file.png>` draws the learning rate. `run` is a run
+folder, the weights it exported, or mlflow:<run id> (runs:/<run id>) with `uri=` as tracking.uri."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ from torch.optim import Optimizer
 from vitexp import plots
 from vitexp.config import RAW_NAME, RunConfig, build, compose_and_check, reload
 from vitexp.costs import (
+    DiskBytes,
     StateBytes,
     activation_bytes,
+    checkpoint_bytes,
     count_parameters,
     forward_gflops,
+    free_disk,
     state_bytes,
     training_gflops,
 )
@@ -41,7 +44,7 @@ from vitexp.schedules import Schedule
 from vitexp.seeding import derive_seed
 from vitexp.teachers import Onlooker
 from vitexp.trained import load_run
-from vitexp.types import Batch, LabelMaps, Method, Progress
+from vitexp.types import Batch, Evaluator, LabelMaps, Method, Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +66,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     pairs = [text.partition("=")[::2] for text in arguments]
     given = {key: value for key, value in pairs if key in KEYS}
     overrides = [text for text, (key, _) in zip(arguments, pairs, strict=True) if key not in KEYS]
-    probe, plot = _probe(given.get("probe")), _picture(given.get("plot"))
+    probe, plot = parse_probe(given.get("probe")), _picture(given.get("plot"))
     if "run" not in given:
         if "uri" in given:
             raise UserError(f"uri={given['uri']}: says where run=mlflow:<run id> is; there is no run= here")
@@ -83,11 +86,11 @@ def plan_weights(folder: Path, weights: str) -> int:
     """Prints what exported weights alone can tell."""
     trained = load_run(folder, weights=weights)
     height, width = trained.preprocessing["image_size"]
-    _show("weights", f"{folder / weights}, of stage {trained.stage}")
-    _show("parameters", f"{count_parameters(trained.model):,} with {len(trained.classes):,} classes")
-    _show("forward", _forward(trained.model, (height, width), trained.preprocessing["channels"]))
-    _show("memory", f"weights {_size(state_bytes(trained.model, optimizer_slots=0).weights)}")
-    _show("training", "not known: the settings of the run are not beside its weights; give the run's own folder")
+    show("weights", f"{folder / weights}, of stage {trained.stage}")
+    show("parameters", f"{count_parameters(trained.model):,} with {len(trained.classes):,} classes")
+    show("forward", _forward(trained.model, (height, width), trained.preprocessing["channels"]))
+    show("memory", f"weights {_size(state_bytes(trained.model, optimizer_slots=0).weights)}")
+    show("training", "not known: the settings of the run are not beside its weights; give the run's own folder")
     return 0
 
 
@@ -101,6 +104,7 @@ class Planned:
     teacher: Onlooker | None
     image_size: tuple[int, int]
     num_train: int
+    evaluators: list[Evaluator]  # that measure something
     horizon: Horizon
     batch_size: int  # of a forward on one process, at most the pictures there are
     lr: float  # the peak
@@ -135,39 +139,27 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
     """Prints a page about the run that the settings describe. All but the time is counted on the meta device.
 
     probe: as the command's; None: where a forward is estimated to be short. plot: PNG of the learning rate."""
+    if not config.stage.trains:
+        raise UserError(f"stage={config.stage.name}: trains nothing, so there is nothing to plan")
     planned = prepare(config)
-    settings, processes = config.train, config.runtime.processes
-    threads = config.runtime.threads or (max(1, cores() // processes) if processes > 1 else None)
-    accelerator = make_accelerator(precision=config.runtime.precision, device=config.runtime.device, threads=threads)
+    accelerator = accelerator_of(config)
     try:
-        held = state_bytes(
-            planned.method,
-            optimizer_slots=slots_of(build(config.optim["optimizer"]), weight_decay=config.optim["weight_decay"]),
-            averaged=settings.ema_decay is not None,
-            teacher=planned.teacher,
-        )
-        activations = activation_bytes(
-            planned.method.countable(),
-            lambda device: planned.inputs(device, pictures=planned.batch_size),
-            autocast=autocast_of(accelerator),
-            device=accelerator.device,
-        )
-        # Two pictures: batch norm refuses one where nothing else is left to average over.
-        each = training_gflops(planned.method.countable(), lambda device: planned.inputs(device, pictures=2)) / 2
-        if planned.teacher is not None:
-            each += forward_gflops(planned.teacher.model, planned.teacher.image_size, planned.teacher.channels)
+        held, work = held_by(planned), work_of(planned, accelerator)
+        activations, each = work.activations, work.gflops
         horizon, seen = planned.horizon, pictures_of(planned)
-        _show("options", " ".join(f"{group}={option}" for group, option in config.choices.items()))
+        show("options", " ".join(f"{group}={option}" for group, option in config.choices.items()))
         model = planned.model_with_classes(planned.num_classes)
-        _show("parameters", _parameters(model, planned))
-        _show("forward", _forward(model, planned.image_size, planned.in_channels))
-        _show("memory", _memory(held, activations, planned.batch_size, _precision(accelerator)))
-        _show("steps", _steps(horizon, planned.global_batch, planned.num_train))
-        _show(
+        show("parameters", _parameters(model, planned))
+        show("forward", _forward(model, planned.image_size, planned.in_channels))
+        show("memory", _memory(held, activations, planned.batch_size, _precision(accelerator)))
+        show("disk", _disk(disk_of(planned, held), Path(config.output_dir)))
+        show("steps", _steps(horizon, planned.global_batch, planned.num_train))
+        show(
             "training", f"{seen:,} pictures seen, {each:.4g} GFLOPs each (forward and backward), {_flops(seen * each)}"
         )
-        _show("peak lr", f"{planned.lr:.6g}")
-        _show("time", time_line(planned, accelerator, held, activations, each, probe=probe))
+        show("peak lr", f"{planned.lr:.6g}")
+        speed = speed_or_why(planned, accelerator, held, work, probe=probe)
+        show("time", speed if isinstance(speed, str) else _time(planned, accelerator, speed))
     finally:
         accelerator.end_training()
     print()
@@ -177,22 +169,35 @@ def plan(config: RunConfig, *, probe: bool | None = None, plot: Path | None = No
     return 0
 
 
-def prepare(config: RunConfig) -> Planned:
-    """What vitexp.run.build_run and vitexp.train.fit would make of the settings, without weights. Raises UserError."""
-    if not config.stage.trains:
-        raise UserError(f"stage={config.stage.name}: trains nothing, so there is nothing to plan")
+def accelerator_of(config: RunConfig, *, side_by_side: int = 1) -> Accelerator:
+    """Accelerate as in one process of the run, where `side_by_side` such runs share the machine."""
+    runtime, processes = config.runtime, config.runtime.processes * side_by_side
+    threads = runtime.threads or (max(1, cores() // processes) if processes > 1 else None)
+    return make_accelerator(precision=runtime.precision, device=runtime.device, threads=threads)
+
+
+def prepare(config: RunConfig, *, teacher: Onlooker | None = None) -> Planned:
+    """What vitexp.run.build_run and vitexp.train.fit would make of the settings, without weights. Raises UserError.
+
+    teacher: in place of one that the settings name and that is yet to be trained."""
     source = open_source(config)
-    choose_evaluators(config, source)
+    evaluators, _ = choose_evaluators(config, source)
     architecture = model_arguments(config, num_classes=len(source.classes))
     if "pretrained" in architecture:
         architecture["pretrained"] = False  # nothing is downloaded: of weights only the number matters
     settings, processes = config.train, config.runtime.processes
-    teacher = choose_teacher(config, source)
+    teacher = teacher or choose_teacher(config, source)
     count, repeats = len(source.train), settings.repeats
     batch_size = effective_batch_size(count, settings.batch_size, processes, repeats=repeats)
     size = architecture["image_size"]
     with torch.device("meta"):
         method = method_of(config, architecture, teacher)
+    horizon = plan_horizon(
+        micro_batches_per_epoch(count, batch_size, processes, repeats=repeats),
+        accumulate=settings.accumulate,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
     return Planned(
         config=config,
         architecture=architecture,
@@ -200,12 +205,8 @@ def prepare(config: RunConfig) -> Planned:
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         teacher=teacher,
         num_train=count,
-        horizon=plan_horizon(
-            micro_batches_per_epoch(count, batch_size, processes, repeats=repeats),
-            accumulate=settings.accumulate,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-        ),
+        evaluators=list(evaluators.values()) if source.val is not None else [],
+        horizon=horizon if config.stage.trains else replace(horizon, num_updates=0),
         batch_size=batch_size,
         lr=resolve_lr(
             **{key: config.optim[key] for key in ("lr", "base_lr", "reference_batch")},
@@ -237,6 +238,56 @@ def autocast_of(accelerator: Accelerator) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one process."""
+
+    activations: int  # bytes that a forward keeps for its backward
+    gflops: float  # 10^9 operations of a picture's step, its teacher's included
+
+
+def work_of(planned: Planned, accelerator: Accelerator) -> Work:
+    activations = activation_bytes(
+        planned.method.countable(),
+        lambda device: planned.inputs(device, pictures=planned.batch_size),
+        autocast=autocast_of(accelerator),
+        device=accelerator.device,
+    )
+    # Two pictures: batch norm refuses one where nothing else is left to average over.
+    each = training_gflops(planned.method.countable(), lambda device: planned.inputs(device, pictures=2)) / 2
+    if planned.teacher is not None:
+        each += forward_gflops(planned.teacher.model, planned.teacher.image_size, planned.teacher.channels)
+    return Work(activations, each)
+
+
+def held_by(planned: Planned) -> StateBytes:
+    optim = planned.config.optim
+    return state_bytes(
+        planned.method,
+        optimizer_slots=slots_of(build(optim["optimizer"]), weight_decay=optim["weight_decay"]),
+        averaged=planned.config.train.ema_decay is not None,
+        teacher=planned.teacher,
+    )
+
+
+def disk_of(planned: Planned, held: StateBytes) -> DiskBytes:
+    """What the run leaves on disk."""
+    config, settings, updates = planned.config, planned.config.train, planned.horizon.num_updates
+    exported = state_bytes(planned.method.backbone, optimizer_slots=0).weights
+    parts = sum(state_bytes(part, optimizer_slots=0).weights for part in planned.method.parts.values())
+    # The last ones, and the best where the run finds out which those are.
+    files = 2 if any(evaluator.reads_logits for evaluator in planned.evaluators) else 1
+    saves = -(-updates // (settings.save_every or planned.horizon.updates_per_epoch))
+    uri = config.tracking.get("uri", "none")
+    beside = uri is None or uri.startswith("sqlite:")  # MLflow's files lie beside its database then
+    return DiskBytes(
+        checkpoint=checkpoint_bytes(held),
+        checkpoints=min(saves, settings.keep or saves),
+        weights=files * exported + parts,
+        logged=exported if settings.log_weights and beside else 0,
+    )
+
+
 def pictures_of(planned: Planned) -> int:
     return pictures_seen(planned.horizon, global_batch=planned.global_batch, num_train=planned.num_train)
 
@@ -244,28 +295,40 @@ def pictures_of(planned: Planned) -> int:
 # ---- Time --------------------------------------------------------------------------------------------------------
 
 
-def time_line(
-    planned: Planned, accelerator: Accelerator, held: StateBytes, activations: int, gflops: float, *, probe: bool | None
-) -> str:
-    """Pictures a second and the time of the whole run, measured, or why they were not. gflops: of a picture's step."""
+def speed_or_why(
+    planned: Planned,
+    accelerator: Accelerator,
+    held: StateBytes,
+    work: Work,
+    *,
+    probe: bool | None,
+    seconds: float = PROBE_S,
+) -> Speed | str:
+    """How fast one process of the run is, measured for about so many seconds, or why that was not measured."""
     if probe is False:
         return "not measured (probe=false)"
     rate = OF_MATRIX_SPEED * matrix_gflops(autocast_of(accelerator) or torch.float32, accelerator.device)
-    forward_s = planned.batch_size * gflops / rate
+    forward_s = planned.batch_size * work.gflops / rate
     if probe is None and forward_s > UNASKED_S:
         return (
-            f"not measured: {planned.batch_size:,} pictures' forward and backward might take {_lasting(forward_s)} "
-            f"here; probe=true measures fewer, in about {PROBE_S:.0f} s"
+            f"not measured: {planned.batch_size:,} pictures' forward and backward might take {lasting(forward_s)} "
+            f"here; probe=true measures fewer, in about {seconds:.0f} s"
         )
-    fitting = int(planned.batch_size * PROBE_S / 3 / forward_s)  # a round that does not count and two that do
+    fitting = int(planned.batch_size * seconds / 3 / forward_s)  # a round that does not count and two that do
     batch_size = min(planned.batch_size, max(2, fitting))
-    needed, free = held.total + activations * batch_size // planned.batch_size, free_memory(accelerator.device)
+    needed, free = held.total + work.activations * batch_size // planned.batch_size, free_memory(accelerator.device)
     if free is not None and needed > free:
         return f"not measured: {batch_size:,} pictures need about {_size(needed)} of memory, {_size(free)} are free"
-    return _time(planned, accelerator, speed_of(planned, accelerator, batch_size))
+    return speed_of(planned, accelerator, batch_size, seconds=seconds)
 
 
-def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Speed:
+def seconds_of(planned: Planned, speed: Speed) -> float:
+    """Of all updates of the run; reading of pictures, evaluations and saves not included."""
+    share = pictures_of(planned) // planned.config.runtime.processes
+    return speed.run_s(pictures=share, updates=planned.horizon.num_updates)
+
+
+def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int, *, seconds: float) -> Speed:
     """The measured speed of one process of the run with batches of so many pictures."""
     config, device = planned.config, accelerator.device
     generator = torch.Generator().manual_seed(0)
@@ -292,7 +355,7 @@ def speed_of(planned: Planned, accelerator: Accelerator, batch_size: int) -> Spe
         accelerator=accelerator,
         clip_norm=config.train.clip_norm,
         ema_decay=config.train.ema_decay,
-        seconds=PROBE_S,
+        seconds=seconds,
     )
 
 
@@ -318,12 +381,12 @@ def free_memory(device: torch.device) -> int | None:
 
 def _time(planned: Planned, accelerator: Accelerator, speed: Speed) -> str:
     processes, pictures = planned.config.runtime.processes, pictures_of(planned)
-    seconds = speed.run_s(pictures=pictures // processes, updates=planned.horizon.num_updates)
+    seconds = seconds_of(planned, speed)
     place = f"{accelerator.device.type}, {_precision(accelerator)}"
     if accelerator.device.type == "cpu":
         place += f", threads {torch.get_num_threads()}"
     text = (
-        f"{_lasting(seconds)} of updates at {pictures / seconds:,.4g} pictures/s ({place}; {speed.rounds} updates of "
+        f"{lasting(seconds)} of updates at {pictures / seconds:,.4g} pictures/s ({place}; {speed.rounds} updates of "
         f"{speed.batch_size:,} made-up pictures measured); reading pictures, evaluating and saving come on top"
     )
     if processes > 1:
@@ -377,7 +440,7 @@ def lr_rows(planned: Planned) -> list[dict[str, float]]:
 # ---- Words -------------------------------------------------------------------------------------------------------
 
 
-def _probe(text: str | None) -> bool | None:
+def parse_probe(text: str | None) -> bool | None:
     if text is None:
         return None
     if text.lower() not in ("true", "false"):
@@ -394,7 +457,7 @@ def _picture(text: str | None) -> Path | None:
     return path
 
 
-def _show(name: str, text: str) -> None:
+def show(name: str, text: str) -> None:
     indented = {"initial_indent": f"{name:<11} ", "subsequent_indent": " " * 12}
     filled = textwrap.fill(text, PAGE_WIDTH, break_on_hyphens=False, break_long_words=False, **indented)
     print(filled.replace(TIED, " "), flush=True)
@@ -439,6 +502,13 @@ def _memory(held: StateBytes, activations: int, batch_size: int, precision: str)
     )
 
 
+def _disk(disk: DiskBytes, place: Path) -> str:
+    parts = f"{disk.checkpoints} checkpoints of {_size(disk.checkpoint)} each, weights {_size(disk.weights)}"
+    if disk.logged:
+        parts += f", a copy for MLflow {_size(disk.logged)}"
+    return f"{_size(disk.left)}: {parts}; {_size(free_disk(place))} free"
+
+
 def _steps(horizon: Horizon, global_batch: int, num_train: int) -> str:
     text = (
         f"{horizon.updates_per_epoch:,} updates an epoch ({num_train:,} pictures, global batch {global_batch:,}), "
@@ -465,7 +535,7 @@ def _flops(gflops: float) -> str:
     return f"{gflops:.3g} EFLOPs in all"
 
 
-def _lasting(seconds: float) -> str:
+def lasting(seconds: float) -> str:
     """`0.8 s`, `45 s`, `12 min`, `3 h 5 min`, `2 d 4 h`: two figures, for nothing here is known better."""
     if seconds < 90:
         return f"{seconds:.2g} s"

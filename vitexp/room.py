@@ -1,0 +1,99 @@
+"""Whether the disk can hold what many runs leave, such as a sweep's or a pipeline's: looked at before the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitexp.checks import leaves
+from vitexp.commands.plan import Planned, disk_of, held_by, prepare
+from vitexp.config import RunConfig, build
+from vitexp.costs import DiskBytes, disk_needed, free_disk
+from vitexp.errors import UserError
+from vitexp.teachers import Onlooker, Teacher
+
+# Settings that change neither how long an update takes nor how large what is kept of it is.
+ALIKE = ("seed", "name", "group", "output_dir", "resume", "allow_changes", "init_from", "schedule", "choices", "debug")
+ALIKE += ("optim.lr", "optim.base_lr", "optim.weight_decay", "optim.layer_decay", "model.drop_path", "model.dropout")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of many, or as many as have settings that cost the same."""
+
+    name: str
+    config: RunConfig
+    folder: Path
+    teacher: Member | None = None  # another of them, whose word it learns
+
+
+class Costs:
+    """What members cost, those that are alike looked at once."""
+
+    def __init__(self) -> None:
+        self._planned: dict[str, Planned] = {}
+
+    def planned(self, member: Member) -> Planned:
+        key = alike(member.config)
+        if key not in self._planned:
+            teacher = None if member.teacher is None else _stand_in(self.planned(member.teacher))
+            self._planned[key] = prepare(member.config, teacher=teacher)
+        return self._planned[key]
+
+    def disk(self, member: Member) -> DiskBytes:
+        planned = self.planned(member)
+        return disk_of(planned, held_by(planned))
+
+
+def alike(config: RunConfig, *, besides: Sequence[str] = ()) -> str:
+    """The same text for settings that cost the same; `besides`: more keys that make no difference."""
+    same = (*ALIKE, *besides)
+    return json.dumps([(key, value) for key, value in leaves(config.resolved) if not below(key, same)], default=str)
+
+
+def below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in names)
+
+
+def check_room(members: Sequence[Member], *, at_a_time: int = 1, costs: Costs | None = None) -> None:
+    """Raises UserError where the disk cannot hold what the members will leave, so many of them side by side.
+
+    What those that have begun have there already counts, and those that have finished need nothing. Takes seconds, for
+    torch and the data, and some more for each model: no picture is read."""
+    costs = costs or Costs()
+    to_come = [one for one in members if not (one.folder / "summary.json").exists()]
+    if not to_come:
+        return
+    there = sum(path.stat().st_size for one in to_come for path in one.folder.rglob("*") if path.is_file())
+    needed = disk_needed([costs.disk(one) for one in to_come], at_a_time=at_a_time) - there
+    place = to_come[0].folder.parent
+    free = free_disk(place)
+    if needed > free:
+        raise UserError(
+            f"{place}: {len(to_come)} runs leave {size(needed)} of checkpoints and weights there, {size(free)} are free"
+            "\nfree some, lower train.keep, or give another output_dir"
+        )
+
+
+def size(number: int) -> str:
+    """Bytes in words."""
+    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
+
+
+def _stand_in(planned: Planned) -> Onlooker:
+    """A teacher that is yet to be trained, with weights at random: it costs what the trained one will."""
+    data, classes = planned.config.data, planned.num_classes
+    teacher = Teacher(
+        model=build({**planned.architecture, "num_classes": classes}),
+        columns=range(classes),
+        image_size=planned.image_size,
+        mean=data["mean"],
+        std=data["std"],
+        channels=planned.in_channels,
+        interpolation="bicubic",
+        resizer="torch",
+        facts={"name": "to be trained", "weights_sha256": ""},
+    )
+    return Onlooker(teacher, mean=data["mean"], std=data["std"])
