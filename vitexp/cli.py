@@ -122,7 +122,8 @@ def _hydra(arguments: list[str]) -> int:
     config_dir = _take_option(rest, "--config-dir", "-cd")
     swept: list[str] = []
     if any(text in MULTIRUN for text in rest):
-        axes = sweep_axes([text for text in rest if not text.startswith("-")], config_dir, ends=True)
+        own = [text for text in rest if not text.lstrip("+~").startswith(("-", "hydra/", "hydra."))]
+        axes = sweep_axes(own, config_dir, ends=True)
         swept = [values[0].partition("=")[0] for values in axes if len(values) > 1]
         for overrides in covering(axes):  # enough to find each typo
             _checked(overrides, config_dir)

@@ -304,3 +304,24 @@ def test_a_search_killed_with_its_jobs_goes_on_with_the_same_command(tmp_path: P
         steps = [json.loads(line)["step"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps)) or ledger.jobs[name].state == "pruned"
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_hydras_own_launcher_runs_a_search_and_goes_on_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+
+    def started(trials: int) -> str:
+        command = [
+            sys.executable, "-m", "vitexp", "--multirun", "hydra/sweeper=vitexp_optuna", "hydra/launcher=basic",
+            f"hydra.sweeper.n_trials={trials}", "data=fake", "data.num_train=64", "data.num_val=16", "model=vit_debug",
+            "tracking=none", "train.workers=0", "train.epochs=1", LR, f"output_dir={folder}",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert "best: " in started(1)
+    started(3)
+    assert len(list(folder.glob("lr-*/summary.json"))) == 3
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / DATABASE}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
