@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitexp.plots import attention, confusion_matrix, curves, picture_grid, position_similarity, reliability
+from vitexp.plots import (
+    attention,
+    by_epoch,
+    confusion_matrix,
+    curves,
+    picture_grid,
+    position_similarity,
+    reliability,
+)
 
 
 def journal(count: int) -> list[dict]:
@@ -210,3 +218,16 @@ def test_drawing_leaves_pyplot_and_the_settings_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules; assert matplotlib.rcParams.copy() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_runs_that_differ_in_the_seed_have_a_band_as_wide_as_they_are_apart(tmp_path):
+    def coloured(*seeds: list[tuple[float, float]]) -> int:
+        picture = shown(by_epoch({"a": seeds, "b": [[(1, 0), (9, 1)]]}, tmp_path / "seeds.png", title="by epoch"))
+        return int((np.ptp(picture.astype(int), axis=2) > 8).sum())  # neither paper nor ink nor grid
+
+    def seed(off: float) -> list[tuple[float, float]]:
+        return [(epoch, 0.5 + off) for epoch in range(1, 10)]
+
+    alike, near, apart = coloured(seed(0), seed(0)), coloured(seed(-0.1), seed(0.1)), coloured(seed(-0.3), seed(0.3))
+    assert near > 2 * alike
+    assert (apart - alike) / (near - alike) == pytest.approx(3, rel=0.15)

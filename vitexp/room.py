@@ -9,9 +9,11 @@ from pathlib import Path
 
 from vitexp.checks import leaves
 from vitexp.commands.plan import Planned, disk_of, held_by, prepare
-from vitexp.config import RunConfig, build
+from vitexp.config import RunConfig, build, compose_and_check, sweep_axes, sweep_settings
 from vitexp.costs import DiskBytes, disk_needed, free_disk
 from vitexp.errors import UserError
+from vitexp.sweeps.jobs import folder_of, jobs_of, key_of, of_the_sweep
+from vitexp.sweeps.search import with_space
 from vitexp.teachers import Onlooker, Teacher
 
 # Settings that change neither how long an update takes nor how large what is kept of it is.
@@ -97,3 +99,52 @@ def _stand_in(planned: Planned) -> Onlooker:
         facts={"name": "to be trained", "weights_sha256": ""},
     )
     return Onlooker(teacher, mean=data["mean"], std=data["std"])
+
+
+# ---- a sweep's runs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the overrides of a sweep say."""
+
+    overrides: list[str]  # with those of a space to search
+    axes: list[list[str]]  # of settings of jobs; an interval by its ends
+    jobs: int  # at a time
+    trials: int | None  # of a search
+
+    @classmethod
+    def of(cls, overrides: list[str], config_dir: str | None) -> Sweep:
+        settings = sweep_settings(overrides, config_dir)
+        if settings.get("space"):
+            overrides = with_space(overrides, settings["space"])
+        of_jobs = [text for text in overrides if not of_the_sweep(text)]
+        if settings.get("search"):
+            axes = sweep_axes(of_jobs, config_dir, ends=True)
+            return cls(overrides, axes, settings["jobs"], settings["search"]["trials"])
+        return cls(overrides, sweep_axes(of_jobs, config_dir), settings["jobs"], None)
+
+    @property
+    def is_many(self) -> bool:
+        return self.trials is not None or any(len(axis) > 1 for axis in self.axes)
+
+
+def members_of_sweep(sweep: Sweep, config_dir: str | None) -> list[Member]:
+    """All combinations; of a search, as many trials, which take the values of each axis in turn.
+
+    Settings are composed once where jobs differ in nothing that costs."""
+    if sweep.trials is None:
+        jobs = {job.name: list(job.overrides) for job in jobs_of(sweep.overrides, config_dir)}
+    else:
+        jobs = {f"trial {n}": [axis[n % len(axis)] for axis in sweep.axes] for n in range(sweep.trials)}
+    differ = [key_of(axis[0]) for axis in sweep.axes if len(axis) > 1 and not below(key_of(axis[0]), ALIKE)]
+    composed: dict[str, RunConfig] = {}
+    for job in jobs.values():
+        if (words := _words(job, differ)) not in composed:
+            composed[words] = compose_and_check(job, config_dir)
+    folder = folder_of(sweep.overrides, experiment=next(iter(composed.values())).name)
+    return [Member(_words(job, differ), composed[_words(job, differ)], folder / name) for name, job in jobs.items()]
+
+
+def _words(job: Sequence[str], differ: Sequence[str]) -> str:
+    return " ".join(text for text in job if key_of(text) in differ) or "all"
