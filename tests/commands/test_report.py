@@ -222,6 +222,8 @@ def test_what_only_follows_from_a_choice_or_copies_another_is_no_axis() -> None:
         for seed in ("0", "1", "2")
     ]
     assert differing(runs) == ["seed", "choices.optim", "optim.lr"]
+    came_along = [{"choices.model": "a", "train.epochs": "1"}, {"choices.model": "b", "train.epochs": "2"}]
+    assert differing(came_along) == ["choices.model", "train.epochs"]
     drawn_at_random = [{"optim.lr": str(n), "optim.weight_decay": str(7 * n % 10)} for n in range(10)]
     assert differing(drawn_at_random) == ["optim.lr", "optim.weight_decay"]
 

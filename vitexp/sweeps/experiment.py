@@ -38,7 +38,9 @@ def find_in(
     judged = [run.run_id for run in runs if metric in measured[run.run_id]]
     curves = points(judged, metric) if metric is not None and judged else {}
     settings = {run.run_id: _settings(run.params) for run in runs}
-    swept = differing(list(settings.values()))
+    # Of other kinds of runs, such as those that pretrain, it does not matter in what they differ.
+    alike = [run.run_id for run in runs if run.status != "FINISHED" or run.run_id in judged]
+    swept = differing([settings[run_id] for run_id in alike])
     outcomes = [
         Outcome(
             run.name,
@@ -55,7 +57,8 @@ def find_in(
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
     """Keys whose values differ, without those that only say once more what another says: copies of it, and what
-    follows from which option of a group, or which experiment, was chosen."""
+    follows from the option of its own group, the experiment or the stage. What merely came along with another setting
+    stays: a reader should see that two things differ."""
     columns = {
         key: tuple(one.get(key, "") for one in settings) for key in sorted(set().union(*settings), key=_importance)
     }
@@ -63,7 +66,8 @@ def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
     kept: dict[str, tuple[str, ...]] = {}
     for key, values in columns.items():
         group = f"{CHOICES}{key.partition('.')[0]}"
-        options = [columns[one] for one in (group, f"{CHOICES}experiment") if one in columns and one != key]
+        deciding = (group, f"{CHOICES}experiment", f"{CHOICES}stage")
+        options = [columns[one] for one in deciding if one in columns and one != key]
         if values not in kept.values() and not any(_follows(values, chosen) for chosen in options):
             kept[key] = values
     return list(kept)

@@ -62,7 +62,7 @@ class Findings:
     maximize: bool
     outcomes: list[Outcome]
     settings: list[Setting]  # best first
-    axes: list[str]  # keys that differ, but for the seed
+    axes: list[str]  # keys that differ among runs with a metric, but for the seed
     effects: dict[str, list[Effect]]  # by axis
 
     @property
@@ -155,7 +155,7 @@ def findings(
     ]
     settings.sort(key=lambda one: one.spread.mean, reverse=maximize)
     rows = [one.swept | {"metric": one.metric} for one in judged]
-    differing = [key for key in swept if len({str(one.swept.get(key)) for one in outcomes}) > 1]
+    differing = [key for key in swept if len({str(one.swept.get(key)) for one in judged}) > 1]
     axes = [key for key in differing if key != SEED]
     effects = {key: marginal_effects(in_ranges(rows, key), key, "metric", axes=differing) for key in axes}
     return Findings(kind, name, metric, maximize, outcomes, settings, axes, effects)
