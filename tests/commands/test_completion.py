@@ -86,7 +86,14 @@ def test_a_persons_own_groups_are_offered(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "model=timm optim=muon", "experiment=mae_pretrain", "experiment=lvvit_small augment=none", "debug=overfit"],
+    [
+        "",
+        "model=timm optim=muon",
+        "experiment=mae_pretrain",
+        "experiment=lvvit_small augment=none",
+        "debug=overfit",
+        "sweep=halving",
+    ],
 )
 def test_keys_are_those_that_hydra_composes(line: str):
     def keys(node: dict, prefix: str = "") -> set[str]:

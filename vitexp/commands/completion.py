@@ -204,20 +204,26 @@ def chosen(before: list[str], config_dir: str | None) -> dict[str, str]:
 def read_settings(options: dict[str, str], config_dir: str | None) -> Settings:
     """What these options make, as Hydra would compose it but for values that refer to others."""
     settings = Settings()
-    _add(settings, conf_dir() / "config.yaml", "", config_dir)
+    _add(settings, conf_dir() / "config.yaml", "", "", config_dir)
     settings.tree.pop("hydra", None)
     for group, option in options.items():
         path = _file(group, option, config_dir)
         everywhere = path.read_text(encoding="utf-8").startswith("# @package _global_")
-        _add(settings, path, "" if everywhere else group.replace("/", "."), config_dir)
+        _add(settings, path, group, "" if everywhere else group.replace("/", "."), config_dir)
     return settings
 
 
-def _add(settings: Settings, path: Path, place: str, config_dir: str | None) -> None:
+def _add(settings: Settings, path: Path, group: str, place: str, config_dir: str | None) -> None:
     tree = _load(path)
     for entry in tree.pop("defaults", ()):
         if isinstance(entry, str) and entry != "_self_":
-            _add(settings, _file(path.parent.name, entry, config_dir), place, config_dir)
+            _add(settings, _file(group, entry, config_dir), group, place, config_dir)
+        elif isinstance(entry, dict) and group:  # a group within: launcher of sweep; those from the top are `chosen`
+            for key, option in entry.items():
+                name = key.removeprefix("override ").strip()
+                if option and not name.startswith("/"):
+                    within = f"{group}/{name}"
+                    _add(settings, _file(within, option, config_dir), within, f"{place}.{name}", config_dir)
     node = settings.tree
     for part in place.split(".") if place else ():
         node = node.setdefault(part, {})
