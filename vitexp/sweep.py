@@ -158,7 +158,7 @@ def run_jobs(
 def start(job: Job, ledger: Ledger, launcher: Launcher, place: int, limits: Limits, config_dir: str | None) -> Running:
     """Begins or goes on with a job. One that a killed launcher left behind is on its way out, and is waited for."""
     folder = ledger.folder / job.name
-    given_up = time.monotonic() + ORPHAN_S
+    given_up = time.monotonic() + (0 if launcher.survives else ORPHAN_S)
     while is_locked(folder) and time.monotonic() < given_up:
         time.sleep(POLL_S)
     entry = enter(job, ledger)

@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +86,10 @@ class Running(Protocol):
 class Launcher(Protocol):
     """What starts jobs: here, or through an engine that has more machines."""
 
+    @property
+    def survives(self) -> bool:
+        """Jobs go on when this process dies, and `start` finds them again."""
+
     def start(
         self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
     ) -> Running:
@@ -93,52 +98,50 @@ class Launcher(Protocol):
         `heard` is the time (as time.time()) of the last thing that the job wrote elsewhere than to the console."""
 
 
-class Local:
-    """Processes on this machine."""
+class Watched(ABC):
+    """What all jobs that run have in common: a console, limits, and what they were asked to stop for."""
 
-    def __init__(self, jobs: int) -> None:
-        """`jobs` at a time."""
-        self._shares = shares(jobs, cores=cores_here(), gpus=gpus_here())
-
-    def start(
-        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
-    ) -> Process:
-        return Process(arguments, console=console, heard=heard, share=self._shares[slot], limits=limits)
-
-
-class Process:
-    """A job that runs. `poll` says what became of it once it is over."""
-
-    def __init__(
-        self, arguments: list[str], *, console: Path, heard: Callable[[], float], share: Share, limits: Limits
-    ):
-        """`heard` is the time (as time.time()) of the last thing that the job wrote elsewhere than to the console."""
+    def __init__(self, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
         self.console, self.limits, self._heard = console, limits, heard
-        self.began, self._began_at = time.monotonic(), time.time()
         self._asked: tuple[State, str, float] | None = None  # what it was asked to stop for, and when
         self._said_before = console.stat().st_size if console.exists() else 0
-        with console.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vitexp", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=_environment(share),
-                start_new_session=True,
-                preexec_fn=_in_the_child(share, parent=os.getpid()),
-            )
+        self._began_at: float | None = None  # time.time(); None: it waits for a machine
 
     @property
     def minutes(self) -> float:
-        return (time.monotonic() - self.began) / 60
+        return 0.0 if self._began_at is None else (time.time() - self._began_at) / 60
 
-    def poll(self) -> tuple[State, str] | None:
-        """What became of it and why, None while it runs; a job over its limits is stopped."""
-        code = self._process.poll()
-        if code is None:
-            self._watch()
-            return None
-        kill_group(self._process)  # what it left behind
+    def stop(self, state: State, reason: str) -> None:
+        """Asks it to save and end; `poll` kills it if it does not."""
+        if self._asked is None:
+            self._asked = state, reason, time.monotonic()
+            self._ask()
+
+    @abstractmethod
+    def _ask(self) -> None:
+        """To save and end."""
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """Without asking."""
+
+    def _watch(self) -> None:
+        """Stops it where it is over its limits, kills it where it was asked and did not."""
+        if self._asked is not None:
+            if time.monotonic() - self._asked[2] > GRACE_S:
+                self._kill()
+            return
+        if self._began_at is None:
+            return
+        limit = self.limits.time_s
+        if limit is not None and time.time() - self._began_at > limit:
+            self.stop("timed out", f"took longer than {limit / 60:g} minutes (sweep.time_limit)")
+        limit = self.limits.silence_s
+        if limit is not None and time.time() - max(self._began_at, self._spoke(), self._heard()) > limit:
+            self.stop("hung", f"said nothing for {limit / 60:g} minutes (sweep.silence_limit)")
+
+    def _became(self, code: int) -> tuple[State, str]:
+        """What an exit code (of a process: negative for a signal) and the console say of it."""
         if code == 0:
             return "finished", ""  # also where the wish to stop it came too late
         if self._asked is not None:
@@ -150,30 +153,14 @@ class Process:
             return "stopped", f"stopped by {signal.Signals(code - 128).name}"
         return "failed", self._complaint() or f"ended with exit code {code}"
 
-    def stop(self, state: State, reason: str) -> None:
-        """Asks it to save and end; `poll` kills it if it does not."""
-        if self._asked is None:
-            self._asked = state, reason, time.monotonic()
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-
-    def _watch(self) -> None:
-        if self._asked is not None:
-            if time.monotonic() - self._asked[2] > GRACE_S:
-                kill_group(self._process)
-            return
-        limit = self.limits.time_s
-        if limit is not None and time.monotonic() - self.began > limit:
-            self.stop("timed out", f"took longer than {limit / 60:g} minutes (sweep.time_limit)")
-        limit = self.limits.silence_s
-        if limit is not None and time.time() - max(self._began_at, self._spoke(), self._heard()) > limit:
-            self.stop("hung", f"said nothing for {limit / 60:g} minutes (sweep.silence_limit)")
-
     def _complaint(self) -> str:
         """The last error that the job said, in one line."""
-        with self.console.open("rb") as file:
-            file.seek(self._said_before)
-            lines = file.read().decode(errors="replace").splitlines()
+        try:
+            with self.console.open("rb") as file:
+                file.seek(self._said_before)
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
         said = [line for line in lines if line.startswith("vitexp: ")]
         return said[-1].removeprefix("vitexp: ") if said else ""
 
@@ -184,19 +171,72 @@ class Process:
             return 0.0
 
 
+class Local:
+    """Processes on this machine."""
+
+    survives = False
+
+    def __init__(self, jobs: int) -> None:
+        """`jobs` at a time."""
+        self._shares = shares(jobs, cores=cores_here(), gpus=gpus_here())
+
+    def start(
+        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> Process:
+        return Process(arguments, console=console, heard=heard, share=self._shares[slot], limits=limits)
+
+
+class Process(Watched):
+    """A job that runs. `poll` says what became of it once it is over."""
+
+    def __init__(
+        self, arguments: list[str], *, console: Path, heard: Callable[[], float], share: Share, limits: Limits
+    ) -> None:
+        super().__init__(console=console, heard=heard, limits=limits)
+        self._began_at = time.time()
+        with console.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vitexp", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=_environment(share),
+                start_new_session=True,
+                preexec_fn=dies_with(os.getpid(), cores=share.cores),
+            )
+
+    def poll(self) -> tuple[State, str] | None:
+        """What became of it and why, None while it runs; a job over its limits is stopped."""
+        code = self._process.poll()
+        if code is None:
+            self._watch()
+            return None
+        kill_group(self._process)  # what it left behind
+        return self._became(code)
+
+    def _ask(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def _kill(self) -> None:
+        kill_group(self._process)
+
+
 def _environment(share: Share) -> dict[str, str]:
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(len(share.cores))}
     devices = {} if share.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)}
     return {**os.environ, **threads, **devices}
 
 
-def _in_the_child(share: Share, *, parent: int) -> Callable[[], None] | None:
+def dies_with(parent: int, *, cores: Sequence[int] = ()) -> Callable[[], None] | None:
+    """What a child does before it becomes another program: SIGTERM when its parent dies, and these cores alone."""
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: after it only calls are safe
 
     def prepare() -> None:
-        os.sched_setaffinity(0, share.cores)
+        if cores:
+            os.sched_setaffinity(0, cores)
         library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died in between
             os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,129 @@
+"""Jobs of a sweep on the machines of a Ray cluster, or on this one through Ray.
+
+A job is an actor that has its share of cores and GPUs and starts `python -m vitexp` as a process, so that it can be
+ended. What travels with it is what was typed, the folder it was typed in and the environment's VITEXP_ and MLFLOW_
+variables; vitexp is installed on the machines, and they share the file system where pictures and outputs lie. Jobs
+end, after saving, when the sweep's process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitexp.errors import UserError
+from vitexp.sweeps.ledger import State
+from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
+
+TRAVELS = ("VITEXP_", "MLFLOW_", "HF_", "PYTHONPATH")
+
+
+class Ray:
+    """See conf/sweep/launcher/ray.yaml."""
+
+    survives = False
+
+    def __init__(
+        self,
+        jobs: int,
+        *,
+        address: str | None = None,
+        cpus: float = 1,
+        gpus: float = 0,
+        memory_gb: float | None = None,
+        resources: dict[str, float] | None = None,
+    ) -> None:
+        """Raises UserError without Ray, and where no cluster answers at the address."""
+        try:
+            self._ray: Any = importlib.import_module("ray")
+        except ImportError:
+            raise UserError("sweep=ray: needs Ray: pip install 'vitexp[ray]'") from None
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a job without GPUs sees none, as asked
+        here = {"include_dashboard": False} if address is None else {}
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"sweep.launcher.address={address}: no Ray cluster answers ({error})") from None
+        memory = None if memory_gb is None else int(memory_gb * 2**30)
+        self._share = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "resources": resources}
+
+    def start(
+        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> RayJob:
+        # One call runs the job, another may stop it meanwhile.
+        actor = self._ray.remote(Here).options(max_concurrency=2, **self._share).remote()
+        variables = {key: value for key, value in os.environ.items() if key.startswith(TRAVELS)}
+        code = actor.run.remote(arguments, str(console), os.getcwd(), variables)
+        return RayJob(self._ray, actor, code, console=console, heard=heard, limits=limits)
+
+
+class RayJob(Watched):
+    """An actor that runs a job."""
+
+    def __init__(
+        self, ray: Any, actor: Any, code: Any, *, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> None:
+        super().__init__(console=console, heard=heard, limits=limits)
+        self._ray, self._actor, self._code = ray, actor, code
+
+    def poll(self) -> tuple[State, str] | None:
+        """None while it waits for a machine, and while it runs."""
+        if not self._ray.wait([self._code], timeout=0)[0]:
+            if self._began_at is None and self._spoke() and self.console.stat().st_size > self._said_before:
+                self._began_at = time.time()
+            self._watch()
+            return None
+        try:
+            became = self._became(self._ray.get(self._code))
+        except self._ray.exceptions.RayError as error:
+            lost = f"lost by Ray: {str(error).strip().splitlines()[0]}"
+            became = (self._asked[0], self._asked[1]) if self._asked is not None else ("killed", lost)
+        self._ray.kill(self._actor)  # gives its share back
+        return became
+
+    def _ask(self) -> None:
+        self._actor.stop.remote()
+
+    def _kill(self) -> None:
+        self._ray.kill(self._actor)
+
+
+class Here:
+    """What runs on the machine that Ray chose: the job as a process. It is asked to stop when this one dies."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self, arguments: list[str], console: str, cwd: str, variables: dict[str, str]) -> int:
+        """The exit code."""
+        if self._stopped:
+            return 143
+        with open(console, "ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vitexp", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                cwd=cwd,
+                env={**os.environ, **variables},
+                start_new_session=True,
+                preexec_fn=dies_with(os.getpid()),
+            )
+        return self._process.wait()
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+            self._process.kill()

@@ -1,0 +1,203 @@
+"""Jobs of a sweep on a Slurm cluster, through submitit.
+
+What travels with a job is what was typed, the folder it was typed in, the environment and this Python; the machines
+share the file system where these, the pictures and the sweep's folder lie. A job that is preempted, or reaches
+Slurm's time limit, saves, is queued again by Slurm and goes on.
+
+Jobs go on when the sweep's process dies. Their numbers lie beside what they say, in `console/<job>.slurm`: the same
+command finds those that still wait or run, and starts none of them twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from vitexp.errors import UserError
+from vitexp.run_folder import write_atomic
+from vitexp.sweeps.ledger import State
+from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
+
+RESULT_S = 10.0  # how much later than a job's end its result may come, over a network's file system
+# Slurm's words for an end that was not the job's own, and ours.
+ENDED: dict[str, tuple[State, str]] = {
+    "TIMEOUT": ("timed out", "took longer than Slurm let it (sweep.launcher.timeout_min)"),
+    "OUT_OF_MEMORY": ("killed", "out of memory, says Slurm (sweep.launcher.memory_gb)"),
+    "NODE_FAIL": ("killed", "its machine failed, says Slurm"),
+    "BOOT_FAIL": ("killed", "its machine did not start, says Slurm"),
+    "DEADLINE": ("killed", "past Slurm's deadline"),
+    "CANCELLED": ("killed", "cancelled, says Slurm"),
+}
+
+
+class Slurm:
+    """See conf/sweep/launcher/slurm.yaml."""
+
+    def __init__(
+        self,
+        jobs: int,
+        *,
+        partition: str | None = None,
+        account: str | None = None,
+        qos: str | None = None,
+        cpus: int = 8,
+        gpus: int = 1,
+        memory_gb: float | None = None,
+        timeout_min: int = 1440,
+        setup: list[str] | None = None,
+        additional: dict[str, Any] | None = None,
+        cluster: Literal["slurm", "local"] = "slurm",
+    ) -> None:
+        """Raises UserError without submitit, and where there is no Slurm."""
+        try:
+            self._submitit: Any = importlib.import_module("submitit")
+        except ImportError:
+            raise UserError("sweep=slurm: needs submitit: pip install 'vitexp[slurm]'") from None
+        if cluster not in ("slurm", "local"):
+            raise UserError(f"sweep.launcher.cluster={cluster}: expected slurm or local")
+        for program in ("sbatch", "srun", "sacct") if cluster == "slurm" else ():
+            if shutil.which(program) is None:
+                raise UserError(
+                    f"sweep=slurm: no {program} on this machine; start the sweep where jobs are submitted, or try it "
+                    "with sweep.launcher.cluster=local"
+                )
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # its lines would go through the table
+        self.cluster, self.survives = cluster, cluster == "slurm"
+        asked = {
+            "cpus_per_task": cpus, "gpus_per_node": gpus or None, "mem_gb": memory_gb, "timeout_min": timeout_min,
+            "slurm_partition": partition, "slurm_account": account, "slurm_qos": qos, "slurm_setup": setup or None,
+            "slurm_additional_parameters": dict(additional) if additional else None,
+        }  # fmt: skip
+        self._asked = {key: value for key, value in asked.items() if value is not None}
+
+    def start(
+        self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> SlurmJob:
+        record = console.with_suffix(".slurm")
+        job = self._still_there(record)
+        if job is None:
+            executor = self.executor(console.parent / "submitit", name=console.stem)
+            job = executor.submit(Here(arguments, console, cwd=os.getcwd()))
+            write_atomic(record, json.dumps({"id": job.job_id, "folder": str(executor.folder)}) + "\n")
+        return SlurmJob(job, record, console=console, heard=heard, limits=limits)
+
+    def executor(self, folder: Path, *, name: str) -> Any:
+        """submitit's, which writes and submits the script."""
+        executor = self._submitit.AutoExecutor(folder=folder, cluster=self.cluster)
+        executor.update_parameters(name=f"vitexp-{name}"[:60], **self._asked)
+        return executor
+
+    def _still_there(self, record: Path) -> Any | None:
+        """The job of a former start that waits or runs."""
+        if not self.survives:
+            return None
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+            job = self._submitit.SlurmJob(folder=known["folder"], job_id=known["id"])
+            return None if job.done(force_check=True) else job
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+class SlurmJob(Watched):
+    """A job of submitit's."""
+
+    def __init__(self, job: Any, record: Path, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
+        super().__init__(console=console, heard=heard, limits=limits)
+        self._job, self._record = job, record
+        self._gone_at: float | None = None
+
+    def poll(self) -> tuple[State, str] | None:
+        """None while it waits for a machine, and while it runs."""
+        if not self._job.done():
+            if self._began_at is None and self._spoke() and self.console.stat().st_size > self._said_before:
+                self._began_at = time.time()
+            self._watch()
+            return None
+        if not self._job.paths.result_pickle.exists():
+            self._gone_at = self._gone_at or time.monotonic()
+            if time.monotonic() - self._gone_at < RESULT_S:
+                return None
+        self._record.unlink(missing_ok=True)
+        return self._ended()
+
+    def _ended(self) -> tuple[State, str]:
+        if self._job.paths.result_pickle.exists():
+            failure = self._job.exception()
+            if failure is None:
+                return self._became(self._job.result())
+            said = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+        else:
+            said = "left no result"
+        if self._asked is not None:
+            return self._asked[0], self._asked[1]
+        state = str(self._job.state).split()[0].rstrip("+")  # `CANCELLED by 1000`
+        return ENDED.get(state) or ("failed", self._complaint() or f"{state.lower()}: {said}")
+
+    def _ask(self) -> None:
+        self._job.cancel(check=False)  # Slurm sends SIGTERM to all of it, and SIGKILL after its own grace
+
+    def _kill(self) -> None:
+        self._job.cancel(check=False)
+
+
+class Here:
+    """What runs on the machine that Slurm chose: the job as a process, whose exit code is the result."""
+
+    def __init__(self, arguments: list[str], console: Path, *, cwd: str) -> None:
+        self.arguments, self.console, self.cwd = arguments, console, cwd
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        with self.console.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vitexp", *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                cwd=self.cwd,
+                preexec_fn=_deaf_to_slurm(dies_with(os.getpid())),
+            )
+        try:
+            return self._process.wait()
+        finally:
+            self._end()
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when Slurm preempts the job or its time is over: it saves, and is queued again."""
+        self._end()
+        submission = importlib.import_module("submitit").helpers.DelayedSubmission
+        return submission(Here(self.arguments, self.console, cwd=self.cwd))
+
+    def _end(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_S)
+        self._process.kill()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+
+def _deaf_to_slurm(prepare: Callable[[], None] | None) -> Callable[[], None]:
+    """Slurm's warning goes to every process of the job, and would end one that does not know it; submitit heeds it."""
+
+    def both() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        if prepare is not None:
+            prepare()
+
+    return both
