@@ -40,7 +40,7 @@ from vitexp.sweeps.report import find
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 START_S, END_S = 180.0, 5.0  # 8 s on a quiet machine
-WAIT_MS = 60_000
+WAIT_MS = 120_000  # on a busy machine MLflow takes a minute for its first page
 PICTURE_BYTES = 200_000
 TALL = 2000  # pixels of a page, more than any picture here shows
 SHARP = 1.5  # pixels of a picture for one of the page
