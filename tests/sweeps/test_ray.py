@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,9 @@ def ended(job: RayJob, *, seconds: float = 200) -> tuple[State, str]:
 @pytest.mark.slow
 def test_jobs_finish_fail_stop_and_are_lost(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="needs pip install 'vitexp[ray]'")
+    before = signal.getsignal(signal.SIGTERM)
     launcher = Ray(2, cpus=0.5)
+    assert signal.getsignal(signal.SIGTERM) is before, "a sweep could not be stopped in order any more"
 
     def begin(name: str, *arguments: str) -> RayJob:
         words = [*RUN, *arguments, f"output_dir={tmp_path / name}"]

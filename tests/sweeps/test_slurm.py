@@ -91,18 +91,19 @@ def test_the_script_asks_for_what_was_typed(slurm: Path, tmp_path: Path) -> None
         ("OUT_OF_MEMORY", ("killed", "memory_gb")),
         ("NODE_FAIL", ("killed", "machine failed")),
         ("CANCELLED by 1000", ("killed", "cancelled")),
-        ("PREEMPTED", None),  # it saved, and is queued again
+        ("PREEMPTED", ("killed", "not queued again")),
     ],
 )
 def test_slurms_words_are_understood(slurm: Path, tmp_path: Path, word: str, became, monkeypatch) -> None:
     monkeypatch.setattr("vitexp.sweeps.slurm.RESULT_S", 0.0)
+    monkeypatch.setattr("vitexp.sweeps.slurm.PREEMPTED_S", -1.0)
     job = begun(tmp_path, Slurm(1))
     (slurm / f"state-{job._job.job_id}").write_text(word)
     job._job.watcher.update()
     found = job.poll()
     if became is None:
         assert found is None
-        assert job.minutes == 0, "it has not said anything yet"
+        assert (job.minutes > 0) == (word == "RUNNING")
     else:
         assert found is not None
         assert found[0] == became[0]
@@ -171,6 +172,8 @@ def test_jobs_outlive_the_launcher_and_are_stopped_with_it(slurm: Path, tmp_path
         first.kill()
     size = journal_grows(size + 200)  # goes on alone
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as second:
+        assert second.stderr is not None
+        next(line for line in second.stderr if line.startswith("running"))
         journal_grows(size + 200)
         second.send_signal(signal.SIGTERM)
         second.communicate(timeout=120)

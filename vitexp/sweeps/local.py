@@ -101,11 +101,14 @@ class Launcher(Protocol):
 class Watched(ABC):
     """What all jobs that run have in common: a console, limits, and what they were asked to stop for."""
 
+    grace_s = GRACE_S
+
     def __init__(self, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
         self.console, self.limits, self._heard = console, limits, heard
         self._asked: tuple[State, str, float] | None = None  # what it was asked to stop for, and when
         self._said_before = console.stat().st_size if console.exists() else 0
         self._began_at: float | None = None  # time.time(); None: it waits for a machine
+        self._was_killed = False
 
     @property
     def minutes(self) -> float:
@@ -128,7 +131,8 @@ class Watched(ABC):
     def _watch(self) -> None:
         """Stops it where it is over its limits, kills it where it was asked and did not."""
         if self._asked is not None:
-            if time.monotonic() - self._asked[2] > GRACE_S:
+            if time.monotonic() - self._asked[2] > self.grace_s and not self._was_killed:
+                self._was_killed = True
                 self._kill()
             return
         if self._began_at is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from vitexp.errors import UserError
+from vitexp.launch import kill_group
 from vitexp.sweeps.ledger import State
 from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
 
+OBJECTS = 128 * 2**20  # bytes that a Ray of this machine alone keeps in memory for results: exit codes
 TRAVELS = ("VITEXP_", "MLFLOW_", "HF_", "PYTHONPATH")
 
 
@@ -45,38 +48,45 @@ class Ray:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
             raise UserError("sweep=ray: needs Ray: pip install 'vitexp[ray]'") from None
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a job without GPUs sees none, as asked
-        here = {"include_dashboard": False} if address is None else {}
+        here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECTS}
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+            where = here if address is None else {"address": address}
+            self._ray.init(log_to_driver=False, logging_level="error", **where)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"sweep.launcher.address={address}: no Ray cluster answers ({error})") from None
+        finally:  # Ray puts its own in their place, which end this process at once
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
         memory = None if memory_gb is None else int(memory_gb * 2**30)
         self._share = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "resources": resources}
 
     def start(
         self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
     ) -> RayJob:
-        # One call runs the job, another may stop it meanwhile.
+        # One call waits for the job, another may stop it meanwhile.
         actor = self._ray.remote(Here).options(max_concurrency=2, **self._share).remote()
         variables = {key: value for key, value in os.environ.items() if key.startswith(TRAVELS)}
-        code = actor.run.remote(arguments, str(console), os.getcwd(), variables)
-        return RayJob(self._ray, actor, code, console=console, heard=heard, limits=limits)
+        began = actor.begin.remote(arguments, str(console), os.getcwd(), variables)
+        return RayJob(self._ray, actor, began, console=console, heard=heard, limits=limits)
 
 
 class RayJob(Watched):
     """An actor that runs a job."""
 
+    grace_s = GRACE_S + 15  # the actor has the usual one, and kills what the job started, too
+
     def __init__(
-        self, ray: Any, actor: Any, code: Any, *, console: Path, heard: Callable[[], float], limits: Limits
+        self, ray: Any, actor: Any, began: Any, *, console: Path, heard: Callable[[], float], limits: Limits
     ) -> None:
         super().__init__(console=console, heard=heard, limits=limits)
-        self._ray, self._actor, self._code = ray, actor, code
+        self._ray, self._actor, self._began = ray, actor, began
+        self._code = actor.wait.remote(began)
 
     def poll(self) -> tuple[State, str] | None:
         """None while it waits for a machine, and while it runs."""
         if not self._ray.wait([self._code], timeout=0)[0]:
-            if self._began_at is None and self._spoke() and self.console.stat().st_size > self._said_before:
+            if self._began_at is None and self._ray.wait([self._began], timeout=0)[0]:
                 self._began_at = time.time()
             self._watch()
             return None
@@ -102,10 +112,10 @@ class Here:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
-    def run(self, arguments: list[str], console: str, cwd: str, variables: dict[str, str]) -> int:
-        """The exit code."""
+    def begin(self, arguments: list[str], console: str, cwd: str, variables: dict[str, str]) -> None:
+        """Starts it, unless it was stopped before."""
         if self._stopped:
-            return 143
+            return
         with open(console, "ab") as sink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vitexp", *arguments],
@@ -117,7 +127,10 @@ class Here:
                 start_new_session=True,
                 preexec_fn=dies_with(os.getpid()),
             )
-        return self._process.wait()
+
+    def wait(self, began: None) -> int:
+        """The exit code. `began` is what `begin` returned: Ray waits for it."""
+        return 128 + signal.SIGTERM if self._process is None else self._process.wait()
 
     def stop(self) -> None:
         self._stopped = True
@@ -126,4 +139,4 @@ class Here:
                 self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
-            self._process.kill()
+            kill_group(self._process)

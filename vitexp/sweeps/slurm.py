@@ -29,6 +29,9 @@ from vitexp.run_folder import write_atomic
 from vitexp.sweeps.ledger import State
 from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
 
+LOOK_S = 15.0  # between two questions to Slurm
+PREEMPTED_S = 300.0  # how long a preempted job may take to be queued again
+FORGOTTEN_S = 600.0  # after which a number that Slurm does not know is no new one
 RESULT_S = 10.0  # how much later than a job's end its result may come, over a network's file system
 # Slurm's words for an end that was not the job's own, and ours.
 ENDED: dict[str, tuple[State, str]] = {
@@ -36,6 +39,7 @@ ENDED: dict[str, tuple[State, str]] = {
     "OUT_OF_MEMORY": ("killed", "out of memory, says Slurm (sweep.launcher.memory_gb)"),
     "NODE_FAIL": ("killed", "its machine failed, says Slurm"),
     "BOOT_FAIL": ("killed", "its machine did not start, says Slurm"),
+    "PREEMPTED": ("killed", "preempted and not queued again, says Slurm; the same command goes on"),
     "DEADLINE": ("killed", "past Slurm's deadline"),
     "CANCELLED": ("killed", "cancelled, says Slurm"),
 }
@@ -84,12 +88,14 @@ class Slurm:
     def start(
         self, arguments: list[str], *, slot: int, console: Path, heard: Callable[[], float], limits: Limits
     ) -> SlurmJob:
-        record = console.with_suffix(".slurm")
+        record = Record(console.with_suffix(".slurm"))
         job = self._still_there(record)
         if job is None:
             executor = self.executor(console.parent / "submitit", name=console.stem)
             job = executor.submit(Here(arguments, console, cwd=os.getcwd()))
-            write_atomic(record, json.dumps({"id": job.job_id, "folder": str(executor.folder)}) + "\n")
+            record.write({"id": job.job_id, "folder": str(executor.folder), "submitted": time.time()})
+        if self.survives:
+            job.watcher._delay_s = LOOK_S  # submitit's own is up to ten minutes
         return SlurmJob(job, record, console=console, heard=heard, limits=limits)
 
     def executor(self, folder: Path, *, name: str) -> Any:
@@ -98,39 +104,71 @@ class Slurm:
         executor.update_parameters(name=f"vitexp-{name}"[:60], **self._asked)
         return executor
 
-    def _still_there(self, record: Path) -> Any | None:
+    def _still_there(self, record: Record) -> Any | None:
         """The job of a former start that waits or runs."""
-        if not self.survives:
+        known = record.read()
+        if not self.survives or not {"id", "folder", "submitted"} <= known.keys():
             return None
+        job = self._submitit.SlurmJob(folder=known["folder"], job_id=known["id"])
+        if job.done(force_check=True):
+            return None
+        forgotten = job.state == "UNKNOWN" and time.time() - known["submitted"] > FORGOTTEN_S
+        return None if forgotten else job
+
+
+class Record:
+    """What is known of a job, beside what it says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
-            job = self._submitit.SlurmJob(folder=known["folder"], job_id=known["id"])
-            return None if job.done(force_check=True) else job
-        except (OSError, ValueError, KeyError):
-            return None
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def write(self, known: dict[str, Any]) -> None:
+        write_atomic(self.path, json.dumps(known) + "\n")
 
 
 class SlurmJob(Watched):
     """A job of submitit's."""
 
-    def __init__(self, job: Any, record: Path, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
+    grace_s = 90.0  # Slurm has a grace of its own, 30 s unless its owners say otherwise
+
+    def __init__(self, job: Any, record: Record, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
         super().__init__(console=console, heard=heard, limits=limits)
         self._job, self._record = job, record
         self._gone_at: float | None = None
+        self._preempted_at: float | None = None
+        self._began_at = record.read().get("began")  # by a former start
 
     def poll(self) -> tuple[State, str] | None:
         """None while it waits for a machine, and while it runs."""
-        if not self._job.done():
-            if self._began_at is None and self._spoke() and self.console.stat().st_size > self._said_before:
+        state = "" if self._job.done() else str(self._job.state)
+        if state and not self._is_lost(state):
+            if self._began_at is None and state == "RUNNING":
                 self._began_at = time.time()
+                self._record.write({**self._record.read(), "began": self._began_at})
             self._watch()
             return None
         if not self._job.paths.result_pickle.exists():
             self._gone_at = self._gone_at or time.monotonic()
-            if time.monotonic() - self._gone_at < RESULT_S:
+            # Slurm calls a job cancelled when it has asked it to end; then it saves.
+            if time.monotonic() - self._gone_at < RESULT_S + (0 if self._asked is None else GRACE_S):
                 return None
-        self._record.unlink(missing_ok=True)
+        self._record.path.unlink(missing_ok=True)
         return self._ended()
+
+    def _is_lost(self, state: str) -> bool:
+        """Whether it was preempted for good; mostly Slurm queues such a job again."""
+        if state != "PREEMPTED":
+            self._preempted_at = None
+            return False
+        self._preempted_at = self._preempted_at or time.monotonic()
+        return time.monotonic() - self._preempted_at > PREEMPTED_S
 
     def _ended(self) -> tuple[State, str]:
         if self._job.paths.result_pickle.exists():
