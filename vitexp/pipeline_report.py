@@ -319,7 +319,7 @@ STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;width:100%}th,td{padding:.35em .7em;border-bottom:1px solid #ddd;text-align:left}"
     "th{font-weight:600;color:#555}figure{margin:2em 0}figcaption{font-weight:600;margin-bottom:.5em}"
-    "img{max-width:100%}"
+    "img{max-width:100%}pre{white-space:pre-wrap;overflow-wrap:anywhere}"
 )
 
 

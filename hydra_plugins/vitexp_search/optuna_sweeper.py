@@ -70,9 +70,17 @@ class OptunaSweeper(Sweeper):
             study.tell(left.number, state=TrialState.FAIL)
         failed_in_a_row, number = 0, len(study.trials)
         while (wanted := self.n_trials - _done(study)) > 0:
-            trials = [study.ask(drawn) for _ in range(min(self.n_jobs, wanted))]
-            batch = [list(job_of(parts, trial.params).overrides) for trial in trials]
-            for trial, result in zip(trials, self.launcher.launch(batch, initial_job_idx=number), strict=True):
+            jobs: dict[str, tuple[Any, list[str]]] = {}
+            for _ in range(min(self.n_jobs, wanted)):
+                trial = study.ask(drawn)
+                job = job_of(parts, trial.params)
+                if job.name in jobs:  # two would write into one folder
+                    study.tell(trial, state=TrialState.FAIL)
+                else:
+                    jobs[job.name] = trial, list(job.overrides)
+            batch = [overrides for _, overrides in jobs.values()]
+            results = self.launcher.launch(batch, initial_job_idx=number)
+            for (trial, _), result in zip(jobs.values(), results, strict=True):
                 value = _value(result)
                 if value is None:
                     study.tell(trial, state=TrialState.FAIL)

@@ -57,6 +57,8 @@ class MadeUp:
 class Here:
     """A launcher of made-up jobs."""
 
+    survives = False
+
     def __init__(self, ledger: Ledger, curve: Curve, fails: Callable[[dict[str, str]], bool]) -> None:
         self.ledger, self.curve, self.fails = ledger, curve, fails
         self.started: list[dict[str, str]] = []
@@ -211,6 +213,20 @@ def test_bad_ones_end_early_and_cost_less(searched, pruner: str) -> None:
     pruned = [t for t in source._study.trials if t.state.name == "PRUNED"]
     assert len(pruned) == states.count("pruned")
     assert sum(curve({"optim.lr": str(t.params["optim.lr"])})[-1] < worst_kept for t in pruned) > len(pruned) / 2
+
+
+def test_a_running_job_drawn_again_waits_for_an_end(searched) -> None:
+    long = [0.5] * 40
+    source, _, started = searched(lambda values: long, "optim=adam,sgd", trials=6, sampler="random", at_once=3)
+    assert len(started) == 2
+    assert len(source._study.trials) < 12, "asked for another draw at every look"
+
+
+@pytest.mark.parametrize("other", [["optim=adam,sgd,lion"], ["optim=adam,sgd", "train.epochs=7"]])
+def test_a_folder_holds_one_search(searched, other: list[str]) -> None:
+    searched(lambda values: [0.5], "optim=adam,sgd", trials=2)
+    with pytest.raises(UserError, match="is of another search"):
+        searched(lambda values: [0.5], *other, trials=2)
 
 
 def test_the_same_settings_drawn_again_are_not_run_again(searched) -> None:

@@ -292,9 +292,9 @@ def page(found: Findings, pictures: Sequence[tuple[Path, str]]) -> str:
     parts = [f"<h1>{html.escape(found.title)}</h1>", *(f"<p>{html.escape(one)}</p>" for one in words(found))]
     if (command := command_of(found)) is not None:
         parts.append(f"<pre>{html.escape(command)}</pre>")
-    for heading, columns, rows in tables(found):
-        parts.append(f"<h2>{html.escape(heading)}</h2>{html_table(columns, rows)}")
-    return html_page(found.title, "".join(parts) + html_figures(pictures))
+    shown = [f"<h2>{html.escape(heading)}</h2>{html_table(columns, rows)}" for heading, columns, rows in tables(found)]
+    # Settings, best first, then what a person would rather look at than read.
+    return html_page(found.title, "".join([*parts, *shown[:1], html_figures(pictures), *shown[1:]]))
 
 
 def as_json(found: Findings) -> str:

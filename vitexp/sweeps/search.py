@@ -160,6 +160,23 @@ def job_of(parts: Sequence[str | Dimension], values: dict[str, Any]) -> Job:
     return Job(sweep_slug(overrides, list(swept)), tuple(overrides), swept)
 
 
+def _claim(study: Any, parts: Sequence[str | Dimension], ledger: Ledger) -> None:
+    """Raises UserError where the folder holds another search: what its trials found says nothing of this one."""
+    this = {
+        "settings": sorted(part if isinstance(part, str) else repr(part) for part in parts),
+        "metric": ledger.metric,
+        "maximize": ledger.maximize,
+    }
+    before = study.user_attrs.get("search")
+    if before is None:
+        study.set_user_attr("search", this)
+    elif before != this:
+        differing = ", ".join(key for key in this if before.get(key) != this[key])
+        raise UserError(
+            f"{ledger.folder / DATABASE} is of another search ({differing} differ); give another output_dir"
+        )
+
+
 # ---- one after another -----------------------------------------------------------------------------------------------
 
 
@@ -170,8 +187,10 @@ class Trials:
         self, search: Search, parts: Sequence[str | Dimension], ledger: Ledger, *, say: Callable[[str], None]
     ) -> None:
         self._search, self._parts, self._ledger, self._say = search, parts, ledger, say
-        self._study = search.study(ledger.folder, maximize=ledger.maximize)
         self._distributions = distributions(parts)
+        self._study = search.study(ledger.folder, maximize=ledger.maximize)
+        _claim(self._study, parts, ledger)
+        self._must_wait = False  # for the end of a job: the last draw was one that runs
         self._running: dict[str, Any] = {}
         self._unfinished: list[tuple[Job, Any]] = []
         self._failed_in_a_row = 0
@@ -201,12 +220,13 @@ class Trials:
             self._running[job.name] = trial
             return job
         while self._failed_in_a_row < self._search.failures:
-            if self.counted + len(self._running) >= self._search.trials:
+            if self._must_wait or self.counted + len(self._running) >= self._search.trials:
                 return None
             trial = self._study.ask(self._distributions)
             job = job_of(self._parts, trial.params)
-            if job.name in self._running:  # drawn twice at once: one answer serves both
+            if job.name in self._running:
                 self._study.tell(trial, state=_optuna().trial.TrialState.FAIL)
+                self._must_wait = True
                 return None
             self._running[job.name] = trial
             if not self._is_known(job):
@@ -233,7 +253,7 @@ class Trials:
         trial, seen = self._running[job.name], self._evaluations(job)
         for epoch, value in seen[self._reported.get(job.name, 0) :]:
             trial.report(value, step=max(1, round(epoch)))
-        if len(seen) == self._reported.get(job.name, 0):
+        if len(seen) <= self._reported.get(job.name, 0):
             return None  # Optuna judges what is new
         self._reported[job.name] = len(seen)
         if not trial.should_prune():
@@ -244,6 +264,7 @@ class Trials:
     def tell(self, job: Job) -> None:
         state = self._ledger.jobs[job.name].state
         trial = self._running.pop(job.name)
+        self._must_wait = False
         if state == "stopped":
             return  # goes on with the next start
         self._end(job, trial)
