@@ -63,6 +63,9 @@ NEEDS |= {
 PIPELINES = [name for name, preset in EXPERIMENTS.items() if any("override /pipeline" in p for p in preset["defaults"])]
 NO_SINGLE_RUN = [f"experiment={name}" for name in PIPELINES]
 NO_SINGLE_RUN += [option for option in OPTIONS if option.startswith("pipeline=") and option != "pipeline=none"]
+NO_SINGLE_RUN += [
+    option for option in OPTIONS if option.startswith("sweep/")
+]  # of a sweep's own: sweeps/test_search.py
 TINY_ELSEWHERE = [
     name for name in EXPERIMENTS if name.startswith(("mae_", "lvvit_", "deit", "t2t_"))
 ]  # two steps of each in test_recipes.py
@@ -78,7 +81,9 @@ def _file(path: Path) -> Path:
 def test_the_files_are_found() -> None:
     assert len(OPTIONS) == len(list(conf_dir().rglob("*.yaml"))) - 1  # config.yaml is no option
     assert len(OPTIONS) > 40
-    assert {option.partition("=")[0] for option in OPTIONS} == {*GROUPS, "pipeline", "sweep", "experiment", "debug"}
+    within = {"sweep/launcher", "sweep/search", "sweep/space"}
+    top = {*GROUPS, "pipeline", "sweep", "experiment", "debug"}
+    assert {option.partition("=")[0] for option in OPTIONS} == top | within
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in NO_SINGLE_RUN])

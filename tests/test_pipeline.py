@@ -570,7 +570,7 @@ def test_a_pipeline_that_cannot_be_is_refused(tmp_path: Path, content: Any, word
         pipeline.plan(["pipeline=tiny"], own_pipeline(tmp_path, content))
 
 
-@pytest.mark.parametrize("arguments", [["--multirun", "seed=0,1"], ["plan"], ["--multirun", "pipeline=mae,none"]])
+@pytest.mark.parametrize("arguments", [["--multirun", "seed=0,1"], ["lr_finder"], ["--multirun", "pipeline=mae,none"]])
 def test_a_pipeline_is_no_single_run(workdir: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     from vitexp import cli
 
