@@ -14,14 +14,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,19 +29,18 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
 from vitexp import tracking
+from vitexp.commands import ui
 from vitexp.sweeps.display import Row, standing, table
 from vitexp.sweeps.jobs import Job
 from vitexp.sweeps.ledger import Ledger, read_ledger
 from vitexp.sweeps.report import find
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-START_S, END_S = 180.0, 5.0  # 8 s on a quiet machine
 WAIT_MS = 120_000  # on a busy machine MLflow takes a minute for its first page
 PICTURE_BYTES = 200_000
 TALL = 2000  # pixels of a page, more than any picture here shows
 SHARP = 1.5  # pixels of a picture for one of the page
 REST_MS = 2000  # until a plot has come to rest
-QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 # The assistant's panel covers a third of every page until it is closed.
 NO_ASSISTANT = """
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
@@ -106,34 +101,9 @@ def mlflow_server(store: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, stdout=said, stderr=said, env={**os.environ, **QUIET}, cwd=tracking.folder_of(store),
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            if not _answers(address, process):
-                said.seek(0)
-                raise RuntimeError(f"MLflow's server did not start:\n{said.read().decode(errors='replace')[-2000:]}")
-            yield address
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _answers(address: str, process: subprocess.Popen[bytes]) -> bool:
-    given_up = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < given_up:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
-            return True
-        time.sleep(0.2)
-    return False
+    with tempfile.TemporaryFile() as said, ui.server(store, "127.0.0.1", port, said) as process:
+        ui.answers(address, process, [], said)
+        yield address
 
 
 # ---- a sweep in MLflow -----------------------------------------------------------------------------------------------

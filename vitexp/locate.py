@@ -90,6 +90,15 @@ def words_given(arguments: Sequence[str], keys: Sequence[str], *, command: str) 
     return given
 
 
+def truth(key: str, text: str | None, *, why: str = "") -> bool | None:
+    """A command's word that is true or false, None where it was not given. Raises UserError, which `why` ends."""
+    if text is None:
+        return None
+    if text.lower() not in ("true", "false"):
+        raise UserError(f"{key}={text}: expected true or false" + (f"; {why}" if why else ""))
+    return text.lower() == "true"
+
+
 def take_uri(overrides: list[str]) -> tuple[str | None, list[str]]:
     """The tracking store that `uri=` or `tracking.uri=` names, the last one given, and the overrides without them."""
     keys = ("uri=", "tracking.uri=")

@@ -16,7 +16,7 @@ from vitexp.config import pipeline_settings
 from vitexp.costs import DiskBytes, disk_needed, free_disk
 from vitexp.data.memory import cores
 from vitexp.errors import UserError
-from vitexp.room import Costs, Member, Sweep, alike, check_room, members_of_sweep, size
+from vitexp.room import Costs, Member, Sweep, alike, check_room, members_of_sweep
 
 ALL_PROBES_S, SHORTEST_PROBE_S = 30.0, 2.0
 # Of a run, and of all of it: how long one update takes is the same.
@@ -94,7 +94,7 @@ def tell(members: Sequence[Member], *, at_a_time: int, probe: bool | None) -> in
     print(f"\n{'runs':>6}  {'time each':>12}  {'disk each':>12}  which")
     for (name, time, left), count in rows.items():
         shown = "?" if isinstance(time, str) else plan.lasting(time) if time else "-"
-        print(f"{count:>6}  {shown:>12}  {size(left):>12}  {name}")
+        print(f"{count:>6}  {shown:>12}  {plan.size(left):>12}  {name}")
     print()
     known = [time for time in times if not isinstance(time, str)]
     whys = {time: None for time in times if isinstance(time, str)}
@@ -156,7 +156,7 @@ def makespan(times: Sequence[float], at_a_time: int) -> float:
 def _disk(disks: Sequence[DiskBytes], at_a_time: int, place: Path) -> str:
     checkpoints = sum(one.checkpoints * one.checkpoint for one in disks)
     logged = sum(one.logged for one in disks)
-    parts = f"checkpoints {size(checkpoints)}, weights {size(sum(one.weights for one in disks))}"
+    parts = f"checkpoints {plan.size(checkpoints)}, weights {plan.size(sum(one.weights for one in disks))}"
     if logged:
-        parts += f", copies for MLflow {size(logged)}"
-    return f"{size(disk_needed(disks, at_a_time=at_a_time))} at most: {parts}; {size(free_disk(place))} free"
+        parts += f", copies for MLflow {plan.size(logged)}"
+    return f"{plan.size(disk_needed(disks, at_a_time=at_a_time))} at most: {parts}; {plan.size(free_disk(place))} free"

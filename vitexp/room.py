@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitexp.checks import leaves
-from vitexp.commands.plan import Planned, disk_of, held_by, prepare
+from vitexp.commands.plan import Planned, disk_of, held_by, prepare, size
 from vitexp.config import RunConfig, build, compose_and_check, sweep_axes, sweep_settings
 from vitexp.costs import DiskBytes, disk_needed, free_disk
 from vitexp.errors import UserError
-from vitexp.sweeps.jobs import folder_of, jobs_of, key_of, of_the_sweep
+from vitexp.sweeps.jobs import folder_of, jobs_of, key_of, without_the_sweeps
 from vitexp.sweeps.search import with_space
 from vitexp.teachers import Onlooker, Teacher
 
@@ -79,11 +79,6 @@ def check_room(members: Sequence[Member], *, at_a_time: int = 1, costs: Costs | 
         )
 
 
-def size(number: int) -> str:
-    """Bytes in words."""
-    return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
-
-
 def _stand_in(planned: Planned) -> Onlooker:
     """A teacher that is yet to be trained, with weights at random: it costs what the trained one will."""
     data, classes = planned.config.data, planned.num_classes
@@ -116,9 +111,8 @@ class Sweep:
     @classmethod
     def of(cls, overrides: list[str], config_dir: str | None) -> Sweep:
         settings = sweep_settings(overrides, config_dir)
-        if settings.get("space"):
-            overrides = with_space(overrides, settings["space"])
-        of_jobs = [text for text in overrides if not of_the_sweep(text)]
+        overrides = with_space(overrides, settings.get("space"))
+        of_jobs = without_the_sweeps(overrides)
         if settings.get("search"):
             axes = sweep_axes(of_jobs, config_dir, ends=True)
             return cls(overrides, axes, settings["jobs"], settings["search"]["trials"])

@@ -19,7 +19,7 @@ from vitexp.config import build, compose_and_check, covering, quoted, sweep_axes
 from vitexp.run_folder import RunLock, is_locked, make_folder
 from vitexp.signals import StopRequest
 from vitexp.sweeps.display import Row, Standing, SweepDisplay, label, of_summary, standing
-from vitexp.sweeps.jobs import Grid, Job, Source, folder_of, jobs_of, of_the_sweep
+from vitexp.sweeps.jobs import Grid, Job, Source, folder_of, jobs_of, without_the_sweeps
 from vitexp.sweeps.ledger import Entry, Ledger, State, read_ledger
 from vitexp.sweeps.local import Launcher, Limits, Running
 from vitexp.sweeps.search import Search, Trials, with_space
@@ -64,7 +64,7 @@ def check_jobs(overrides: list[str], config_dir: str | None, *, search: bool = F
     what a search takes between them: enough to find each typo, however large the sweep. Raises UserError."""
     from vitexp.tracking import resolve_uri
 
-    axes = sweep_axes([text for text in overrides if not of_the_sweep(text)], config_dir, ends=search)
+    axes = sweep_axes(without_the_sweeps(overrides), config_dir, ends=search)
     first = None
     for job in covering(axes):
         config = compose_and_check(job, config_dir)
@@ -85,8 +85,7 @@ def open_source(
             enter(job, ledger)
         ledger.write()
         return Grid(jobs, ledger), jobs, f"{len(jobs)} jobs"
-    settings = [text for text in overrides if not of_the_sweep(text)]
-    trials = search.open(settings, config_dir, ledger, say=say)
+    trials = search.open(without_the_sweeps(overrides), config_dir, ledger, say=say)
     return trials, trials.known, f"{search.trials} trials, {trials.counted} done"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitexp.errors import UserError, nearest
-from vitexp.locate import Located, locate, words_given
+from vitexp.locate import Located, locate, truth, words_given
 
 if TYPE_CHECKING:
     from vitexp.trained import TrainedRun
@@ -202,10 +202,7 @@ def _tell(what: str) -> None:
 
 
 def _flag(given: dict[str, str], key: str) -> bool:
-    value = given.get(key, "false").lower()
-    if value not in ("true", "false"):
-        raise UserError(f"export: {key}={given[key]}: expected true or false")
-    return value == "true"
+    return bool(truth(f"export: {key}", given.get(key)))
 
 
 def _count(given: dict[str, str], key: str) -> int | None:

@@ -34,7 +34,7 @@ from vitexp.data.memory import available_memory, cores
 from vitexp.data.sampler import effective_batch_size, micro_batches_per_epoch
 from vitexp.errors import UserError
 from vitexp.horizon import Horizon, plan_horizon, preview
-from vitexp.locate import locate, take_uri
+from vitexp.locate import locate, take_uri, truth
 from vitexp.models.freeze import freeze
 from vitexp.optim import build_optimizer, resolve_lr
 from vitexp.probe import Speed, matrix_gflops, measure_speed
@@ -89,7 +89,7 @@ def plan_weights(folder: Path, weights: str) -> int:
     show("weights", f"{folder / weights}, of stage {trained.stage}")
     show("parameters", f"{count_parameters(trained.model):,} with {len(trained.classes):,} classes")
     show("forward", _forward(trained.model, (height, width), trained.preprocessing["channels"]))
-    show("memory", f"weights {_size(state_bytes(trained.model, optimizer_slots=0).weights)}")
+    show("memory", f"weights {size(state_bytes(trained.model, optimizer_slots=0).weights)}")
     show("training", "not known: the settings of the run are not beside its weights; give the run's own folder")
     return 0
 
@@ -189,7 +189,7 @@ def prepare(config: RunConfig, *, teacher: Onlooker | None = None) -> Planned:
     teacher = teacher or choose_teacher(config, source)
     count, repeats = len(source.train), settings.repeats
     batch_size = effective_batch_size(count, settings.batch_size, processes, repeats=repeats)
-    size = architecture["image_size"]
+    side = architecture["image_size"]
     with torch.device("meta"):
         method = method_of(config, architecture, teacher)
     horizon = plan_horizon(
@@ -202,7 +202,7 @@ def prepare(config: RunConfig, *, teacher: Onlooker | None = None) -> Planned:
         config=config,
         architecture=architecture,
         method=method,
-        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        image_size=(side, side) if isinstance(side, int) else (side[0], side[1]),
         teacher=teacher,
         num_train=count,
         evaluators=list(evaluators.values()) if source.val is not None else [],
@@ -318,7 +318,7 @@ def speed_or_why(
     batch_size = min(planned.batch_size, max(2, fitting))
     needed, free = held.total + work.activations * batch_size // planned.batch_size, free_memory(accelerator.device)
     if free is not None and needed > free:
-        return f"not measured: {batch_size:,} pictures need about {_size(needed)} of memory, {_size(free)} are free"
+        return f"not measured: {batch_size:,} pictures need about {size(needed)} of memory, {size(free)} are free"
     return speed_of(planned, accelerator, batch_size, seconds=seconds)
 
 
@@ -441,11 +441,7 @@ def lr_rows(planned: Planned) -> list[dict[str, float]]:
 
 
 def parse_probe(text: str | None) -> bool | None:
-    if text is None:
-        return None
-    if text.lower() not in ("true", "false"):
-        raise UserError(f"probe={text}: expected true or false; without it small models are measured")
-    return text.lower() == "true"
+    return truth("probe", text, why="without it small models are measured")
 
 
 def _picture(text: str | None) -> Path | None:
@@ -486,15 +482,15 @@ def _forward(model: nn.Module, image_size: tuple[int, int], in_channels: int) ->
 
 
 def _memory(held: StateBytes, activations: int, batch_size: int, precision: str) -> str:
-    parts = [f"weights {_size(held.weights)}", f"gradients {_size(held.gradients)}"]
-    parts.append(f"optimizer {_size(held.optimizer)}")
+    parts = [f"weights {size(held.weights)}", f"gradients {size(held.gradients)}"]
+    parts.append(f"optimizer {size(held.optimizer)}")
     if held.average:
-        parts.append(f"averaged weights {_size(held.average)}")
+        parts.append(f"averaged weights {size(held.average)}")
     if held.teacher:
-        parts.append(f"teacher {_size(held.teacher)}")
+        parts.append(f"teacher {size(held.teacher)}")
     parts[-1] += ", in fp32,"
-    parts.append(f"activations {_size(activations)}")
-    total = f"{_size(held.total + activations)} on every process = "
+    parts.append(f"activations {size(activations)}")
+    total = f"{size(held.total + activations)} on every process = "
     return (
         total
         + " ".join(f"+ {part}".replace(" ", TIED) for part in parts).removeprefix(f"+{TIED}")
@@ -503,10 +499,10 @@ def _memory(held: StateBytes, activations: int, batch_size: int, precision: str)
 
 
 def _disk(disk: DiskBytes, place: Path) -> str:
-    parts = f"{disk.checkpoints} checkpoints of {_size(disk.checkpoint)} each, weights {_size(disk.weights)}"
+    parts = f"{disk.checkpoints} checkpoints of {size(disk.checkpoint)} each, weights {size(disk.weights)}"
     if disk.logged:
-        parts += f", a copy for MLflow {_size(disk.logged)}"
-    return f"{_size(disk.left)}: {parts}; {_size(free_disk(place))} free"
+        parts += f", a copy for MLflow {size(disk.logged)}"
+    return f"{size(disk.left)}: {parts}; {size(free_disk(place))} free"
 
 
 def _steps(horizon: Horizon, global_batch: int, num_train: int) -> str:
@@ -523,7 +519,8 @@ def _precision(accelerator: Accelerator) -> str:
     return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
-def _size(number: int) -> str:
+def size(number: int) -> str:
+    """Bytes in words."""
     return f"{number / 2**20:,.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
 
 

@@ -11,17 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vitexp.errors import UserError, nearest
-from vitexp.locate import store_of_training, words_given
+from vitexp.locate import store_of_training, truth, words_given
 from vitexp.pipeline_report import write_again
 from vitexp.run_folder import make_folder
 from vitexp.sweeps.experiment import find_in
-from vitexp.sweeps.ledger import LEDGER, Ledger, read_ledger
-from vitexp.sweeps.report import find, finite, summary_of, write_files
+from vitexp.sweeps.ledger import LEDGER, Ledger, finite, read_ledger, summary_of
+from vitexp.sweeps.report import find, write_files
 from vitexp.tracking import experiment_runs, metric_points
 
 KEYS = ("metric", "maximize", "output", "uri")
 ALLOWED = "the folder of a sweep (it has sweep.json) or of a pipeline (pipeline.json), or an experiment of MLflow"
 PIPELINE = "pipeline.json"
+SMALLEST = "false means that the smallest is best"
 OF_MLFLOW = "mlflow:"
 OUTPUTS = Path("outputs")
 
@@ -32,7 +33,7 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         raise UserError(f"report: of what? Give {ALLOWED}")
     name, *rest = arguments
     given = words_given(rest, KEYS, command="report")
-    metric, maximize = given.get("metric"), _maximize(given.get("maximize"))
+    metric, maximize = given.get("metric"), truth("maximize", given.get("maximize"), why=SMALLEST)
     folder = Path(name).expanduser().absolute()
     if folder.is_dir() and (ledger := read_ledger(folder)) is not None:
         _refuse(given, ("output", "uri"), f"{name} is the folder of a sweep, where its report lies")
@@ -103,11 +104,3 @@ def _refuse(given: dict[str, str], keys: tuple[str, ...], why: str) -> None:
     for key in given:
         if key in keys:
             raise UserError(f"{key}={given[key]}: {why}")
-
-
-def _maximize(text: str | None) -> bool | None:
-    if text is None:
-        return None
-    if text.lower() not in ("true", "false"):
-        raise UserError(f"maximize={text}: expected true or false; false means that the smallest is best")
-    return text.lower() == "true"

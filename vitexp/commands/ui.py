@@ -24,7 +24,7 @@ from typing import IO
 
 from vitexp.errors import UserError
 from vitexp.launch import kill_group
-from vitexp.locate import store_of_training, words_given
+from vitexp.locate import store_of_training, truth, words_given
 from vitexp.tracking import folder_of, newest_experiment, resolve_uri, without_password
 
 KEYS = ("port", "host", "open", "uri")
@@ -41,7 +41,11 @@ QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETR
 def main(arguments: list[str], config_dir: str | None) -> int:
     """Serves until a signal comes; 0 after Ctrl-C. Raises UserError: no store, port taken, server does not start."""
     given = words_given(arguments, KEYS, command="ui")
-    host, port, browser = given.get("host", "127.0.0.1"), _port(given.get("port")), _open(given.get("open"))
+    host, port, browser = (
+        given.get("host", "127.0.0.1"),
+        _port(given.get("port")),
+        truth("open", given.get("open"), why="true opens a browser"),
+    )
     store = resolve_uri(given.get("uri") or store_of_training(), OUTPUTS)
     is_server = store.startswith(("http://", "https://"))
     if not is_server:
@@ -49,13 +53,13 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     experiment = newest_experiment(root=OUTPUTS, uri=store)
     page = RUNS.format(experiment[0]) if experiment else ""
     if is_server:
-        _tell(store, without_password(store).rstrip("/") + page, experiment, browser=browser)
+        _tell(store, without_password(store).rstrip("/") + page, experiment, browser=bool(browser))
         return 0
     asked: list[int] = []
-    with _heeding(asked), tempfile.TemporaryFile() as said, _server(store, host, port, said) as process:
+    with _heeding(asked), tempfile.TemporaryFile() as said, server(store, host, port, said) as process:
         address = f"http://{_shown(host)}:{port}"
         if answers(address, process, asked, said):
-            _tell(store, address + page, experiment, browser=browser)
+            _tell(store, address + page, experiment, browser=bool(browser))
             print("            Ctrl-C ends it", flush=True)
         while not asked and process.poll() is None:
             time.sleep(POLL_S)
@@ -93,7 +97,7 @@ def _trouble(host: str, port: int) -> OSError | None:
 
 
 @contextlib.contextmanager
-def _server(store: str, host: str, port: int, said: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def server(store: str, host: str, port: int, said: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """MLflow's server in a session of its own, which ends with all that it started."""
     # The store by the environment: a command line is for everyone to read, its password with it.
     environment = {**os.environ, **QUIET, "MLFLOW_BACKEND_STORE_URI": store}
@@ -173,11 +177,3 @@ def _port(text: str | None) -> int:
     if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
         raise UserError(f"port={text}: expected a number from 1024 to {LAST_PORT}, such as {PORT}")
     return int(text)
-
-
-def _open(text: str | None) -> bool:
-    if text is None:
-        return False
-    if text.lower() not in ("true", "false"):
-        raise UserError(f"open={text}: expected true or false; true opens a browser")
-    return text.lower() == "true"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 from rich.console import Console, Group
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from vitexp import journal
 from vitexp.sweeps.jobs import Job
-from vitexp.sweeps.ledger import ENDED_BADLY, Entry
+from vitexp.sweeps.ledger import ENDED_BADLY, Entry, summary_of
 
 TAIL_BYTES = 1 << 15
 LINE_EVERY_S = 30.0  # a word on what runs, where no table can be drawn
@@ -77,15 +76,9 @@ def _epochs(folder: Path) -> float | None:
 
 def of_summary(folder: Path, *, metric: str | None) -> tuple[str, float] | None:
     """The metric that a finished run is judged by, None where it has none or it is not finite."""
-    try:
-        summary: Mapping[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    for name in journal.JUDGED_BY if metric is None else (metric,):
-        value = summary.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
-            return name, float(value)
-    return None
+    summary = summary_of(folder)
+    names = journal.JUDGED_BY if metric is None else (metric,)
+    return next(((name, summary[name]) for name in names if name in summary), None)
 
 
 @dataclass

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vitexp.sweeps.ledger import Entry, State, read_ledger
-from vitexp.sweeps.report import SEED, Findings, Outcome, findings, finite, judged_by, number
+from vitexp.sweeps.ledger import Entry, State, finite, read_ledger
+from vitexp.sweeps.report import SEED, Findings, Outcome, findings, judged_by, number
 from vitexp.tracking import TrackedRun
 
 # Params that are no settings of what is learned: places, names, and what follows from others.

@@ -65,7 +65,7 @@ class Grid:
 
 def jobs_of(overrides: Sequence[str], config_dir: str | None) -> list[Job]:
     """The grid of all values, the last key varying fastest, each job once. Raises UserError."""
-    axes = sweep_axes([text for text in overrides if not of_the_sweep(text)], config_dir)
+    axes = sweep_axes(without_the_sweeps(overrides), config_dir)
     swept = [key_of(values[0]) for values in axes if len(values) > 1]
     jobs: dict[str, Job] = {}
     for combination in itertools.product(*axes):
@@ -80,13 +80,14 @@ def folder_of(overrides: Sequence[str], *, experiment: str) -> Path:
     given = [override.value() for override in parse_overrides(list(overrides)) if override.key_or_group == "output_dir"]
     if given:
         return Path(str(given[-1])).expanduser().absolute()
-    counted = sorted(text for text in overrides if not of_the_sweep(text))
+    counted = sorted(without_the_sweeps(overrides))
     digest = hashlib.sha1("\n".join(counted).encode()).hexdigest()[:8]
     return Path("outputs", experiment, f"sweep-{digest}").absolute()
 
 
-def of_the_sweep(override: str) -> bool:
-    return re.split(r"[./]", key_of(override))[0] in OF_THE_SWEEP
+def without_the_sweeps(overrides: Sequence[str]) -> list[str]:
+    """Those that jobs hear of."""
+    return [text for text in overrides if re.split(r"[./]", key_of(text))[0] not in OF_THE_SWEEP]
 
 
 def key_of(override: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,3 +64,16 @@ def read_ledger(folder: Path) -> Ledger | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as the ledger of a sweep: {error}") from None
+
+
+def summary_of(folder: Path) -> dict[str, float]:
+    """The finite numbers of a finished run's summary; none where it cannot be read."""
+    try:
+        return finite(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}

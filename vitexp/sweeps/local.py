@@ -198,16 +198,8 @@ class Process(Watched):
     ) -> None:
         super().__init__(console=console, heard=heard, limits=limits)
         self._began_at = time.time()
-        with console.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vitexp", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=_environment(share),
-                start_new_session=True,
-                preexec_fn=dies_with(os.getpid(), cores=share.cores),
-            )
+        prepare = dies_with(os.getpid(), cores=share.cores)
+        self._process = run_here(arguments, console, env=_environment(share), start_new_session=True, prepare=prepare)
 
     def poll(self) -> tuple[State, str] | None:
         """What became of it and why, None while it runs; a job over its limits is stopped."""
@@ -224,6 +216,29 @@ class Process(Watched):
 
     def _kill(self) -> None:
         kill_group(self._process)
+
+
+def run_here(
+    arguments: list[str],
+    console: Path,
+    *,
+    cwd: str | None = None,
+    env: dict[str, str] | None = None,
+    start_new_session: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> subprocess.Popen[bytes]:
+    """`python -m vitexp <arguments>` as a process; what it says is added to `console`."""
+    with console.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vitexp", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            cwd=cwd,
+            env=env,
+            start_new_session=start_new_session,
+            preexec_fn=prepare,
+        )
 
 
 def _environment(share: Share) -> dict[str, str]:

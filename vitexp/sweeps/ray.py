@@ -13,7 +13,6 @@ import importlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from vitexp.errors import UserError
 from vitexp.launch import kill_group
 from vitexp.sweeps.ledger import State
-from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
+from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with, run_here
 
 OBJECTS = 128 * 2**20  # bytes that a Ray of this machine alone keeps in memory for results: exit codes
 TRAVELS = ("VITEXP_", "MLFLOW_", "HF_", "PYTHONPATH")
@@ -116,17 +115,14 @@ class Here:
         """Starts it, unless it was stopped before."""
         if self._stopped:
             return
-        with open(console, "ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vitexp", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                cwd=cwd,
-                env={**os.environ, **variables},
-                start_new_session=True,
-                preexec_fn=dies_with(os.getpid()),
-            )
+        self._process = run_here(
+            arguments,
+            Path(console),
+            cwd=cwd,
+            env={**os.environ, **variables},
+            start_new_session=True,
+            prepare=dies_with(os.getpid()),
+        )
 
     def wait(self, began: None) -> int:
         """The exit code. `began` is what `begin` returned: Ray waits for it."""

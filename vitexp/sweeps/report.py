@@ -18,7 +18,7 @@ from vitexp import journal, plots
 from vitexp.pipeline_report import html_figures, html_page, html_table
 from vitexp.run_folder import make_folder, write_atomic
 from vitexp.statistics import Effect, Spread, marginal_effects, mean_std
-from vitexp.sweeps.ledger import Entry, Ledger
+from vitexp.sweeps.ledger import Entry, Ledger, summary_of
 
 SEED = "seed"
 CURVES_SHOWN = 6  # settings, the best ones: more lines than that are no picture
@@ -109,19 +109,6 @@ def find(ledger: Ledger, *, metric: str | None, maximize: bool) -> Findings:
         curve = [(row["epoch"], row[metric]) for row in rows if metric in row]
         outcomes.append(Outcome(name, entry, swept, value, curve))
     return findings("sweep", ledger.folder.name, outcomes, ledger.swept, metric=metric, maximize=maximize)
-
-
-def summary_of(folder: Path) -> dict[str, float]:
-    """The finite numbers of a finished run's summary; none where it cannot be read."""
-    try:
-        return finite(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
 def judged_by(measured: Iterable[Mapping[str, float]]) -> str | None:
@@ -321,7 +308,7 @@ def as_json(found: Findings) -> str:
 
 
 def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
+    return value if math.isfinite(value) else None
 
 
 def _is_share(metric: str | None) -> bool:

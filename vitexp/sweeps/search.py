@@ -202,7 +202,7 @@ class Trials:
         """Those of former starts, in the order they were begun."""
         jobs = []
         for trial in self._study.get_trials(deepcopy=False):
-            with contextlib.suppress(KeyError):  # of another space, in the same folder
+            with contextlib.suppress(KeyError):  # of a start that was killed while its values were drawn
                 job = job_of(self._parts, trial.params)
                 if job.name in self._ledger.jobs and job not in jobs:
                     jobs.append(job)
@@ -250,10 +250,9 @@ class Trials:
         return self.counted >= self._search.trials
 
     def verdict(self, job: Job) -> str | None:
-        trial, seen = self._running[job.name], self._evaluations(job)
-        for epoch, value in seen[self._reported.get(job.name, 0) :]:
-            trial.report(value, step=max(1, round(epoch)))
-        if len(seen) <= self._reported.get(job.name, 0):
+        trial, known = self._running[job.name], self._reported.get(job.name, 0)
+        seen = self._report(job, trial, known=known)
+        if len(seen) <= known:
             return None  # Optuna judges what is new
         self._reported[job.name] = len(seen)
         if not trial.should_prune():
@@ -282,7 +281,7 @@ class Trials:
             self._study.tell(trial, found[1])
         elif self._ledger.jobs[job.name].state == "pruned":
             if not self._study.get_trials(deepcopy=False)[trial.number].intermediate_values:
-                self._report_all(job, trial)
+                self._report(job, trial, known=0)
             self._study.tell(trial, state=states.PRUNED)
         else:
             self._study.tell(trial, state=states.FAIL)
@@ -290,9 +289,12 @@ class Trials:
             return
         self._failed_in_a_row = 0
 
-    def _report_all(self, job: Job, trial: Any) -> None:
-        for epoch, value in self._evaluations(job):
+    def _report(self, job: Job, trial: Any, *, known: int) -> list[tuple[float, float]]:
+        """Tells Optuna of the evaluations beyond those it knows; returns all."""
+        seen = self._evaluations(job)
+        for epoch, value in seen[known:]:
             trial.report(value, step=max(1, round(epoch)))
+        return seen
 
     def _take_up(self) -> None:
         """What the last start left: trials that ended and were not told, and those that shall go on."""
@@ -301,7 +303,7 @@ class Trials:
             trial = optuna.trial.Trial(self._study, frozen._trial_id)
             try:
                 job = job_of(self._parts, frozen.params)
-            except KeyError:  # killed while its values were drawn, or of another space
+            except KeyError:  # killed while its values were drawn
                 self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
             entry = self._ledger.jobs.get(job.name)
@@ -313,10 +315,10 @@ class Trials:
                 self._unfinished.append((job, trial))
 
     def _evaluations(self, job: Job) -> list[tuple[float, float]]:
-        """(epoch, metric) of every evaluation so far, finite or not; the last one of each whole epoch."""
+        """(epoch, metric) of every evaluation so far that found a number; the last one of each whole epoch."""
         path = self._ledger.folder / job.name / "metrics.jsonl"
         wanted = journal.JUDGED_BY if self._ledger.metric is None else (self._ledger.metric,)
-        rows = journal.read(path) if path.exists() else []
+        rows = journal.read_having(path, wanted) if path.exists() else []
         name = next((one for one in wanted if any(one in row for row in rows)), None)
         by_epoch = {max(1, round(row["epoch"])): (row["epoch"], row[name]) for row in rows if name in row}
         return [(epoch, value) for epoch, value in by_epoch.values() if not math.isnan(value)]

@@ -18,7 +18,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, Literal
 from vitexp.errors import UserError
 from vitexp.run_folder import write_atomic
 from vitexp.sweeps.ledger import State
-from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with
+from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with, run_here
 
 LOOK_S = 15.0  # between two questions to Slurm
 PREEMPTED_S = 300.0  # how long a preempted job may take to be queued again
@@ -198,15 +197,8 @@ class Here:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        with self.console.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vitexp", *self.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                cwd=self.cwd,
-                preexec_fn=_deaf_to_slurm(dies_with(os.getpid())),
-            )
+        prepare = _deaf_to_slurm(dies_with(os.getpid()))
+        self._process = run_here(self.arguments, self.console, cwd=self.cwd, prepare=prepare)
         try:
             return self._process.wait()
         finally:
