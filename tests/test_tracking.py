@@ -453,6 +453,27 @@ def test_closing_waits_for_a_large_upload_that_takes_longer_than_an_answer(
     assert mirror.close(timeout_s=1.0)
 
 
+def test_closing_gives_up_on_a_store_that_answers_but_refuses_files(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("the bucket is full")
+
+    run_dir, notices = root / "r", []
+    monkeypatch.setattr(tracking._Session, "send_artifact", refuse)
+    mirror = start(run_dir, root, notify=notices.append)
+    log_rows(run_dir, range(3))
+    (run_dir / "summary.json").write_text("{}")
+    mirror.artifacts(["summary.json"])
+    wait_for(lambda: mirror.run_id)
+    before = time.monotonic()
+    assert not mirror.close(timeout_s=1.5)
+    assert time.monotonic() - before < 6
+    assert "did not take 1 files" in notices[-1]
+    assert "the bucket is full" in notices[-1]
+    assert_each_point_once(mirror.uri, mirror.run_id, range(3))
+
+
 def test_a_locked_database_delays_rows_and_nothing_else(root: Path) -> None:
     run_dir = root / "r"
     mirror = start(run_dir, root)

@@ -536,6 +536,7 @@ class Mirror:
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._delivered = threading.Event()
         self._artifacts_due = True
+        self._tried: set[str] = set()
         self._progress_at, self._allowance_s = time.monotonic(), START_ALLOWANCE_S
         self._imported = threading.Event()
         self._thread = threading.Thread(target=self._work, name="vitexp-mlflow", daemon=True)
@@ -637,7 +638,8 @@ class Mirror:
                 )
                 if not self._closing.is_set():
                     session.client.update_run(session.run_id, status="RUNNING")
-                self._arrived()
+                if self._first_try("connect"):
+                    self._arrived()
                 self._session = session
                 delay_s = FIRST_BACKOFF_S
                 self._follow(session)
@@ -674,8 +676,9 @@ class Mirror:
                 session.send(waiting)
                 position += len(waiting)
                 waiting = []
-                self._store["rows"] = max(position, self._store["rows"])
-                self._arrived()
+                if position > self._store["rows"]:  # others are read again after each new connection
+                    self._store["rows"] = position
+                    self._arrived()
                 continue
             if rows:
                 continue
@@ -687,7 +690,8 @@ class Mirror:
             caught_up = True
             if closing:
                 session.finish(self._record.status, self._record.ended_s or time.time())
-                self._arrived()
+                if self._first_try("finish"):
+                    self._arrived()
                 self._send_artifacts(session)
                 if not self._abandoned.is_set():
                     self._save()
@@ -710,7 +714,8 @@ class Mirror:
         for relative, stamp in due:
             if self._abandoned.is_set():
                 return
-            self._allow(stamp[0] / SLOWEST_UPLOAD)
+            if self._first_try(relative):
+                self._allow(stamp[0] / SLOWEST_UPLOAD)
             session.send_artifact(self.run_dir, relative)
             self._arrived()
             with self._lock:
@@ -725,6 +730,13 @@ class Mirror:
                 session.finish(self._record.status, self._record.ended_s or time.time())
             except Exception as error:
                 self._complain(error)
+
+    def _first_try(self, what: str) -> bool:
+        """Always while the run goes, once while it closes: a store that answers and then refuses makes no progress."""
+        first = what not in self._tried
+        if self._closing.is_set():
+            self._tried.add(what)
+        return first
 
     def _arrived(self) -> None:
         self._progress_at, self._allowance_s = time.monotonic(), 0.0
