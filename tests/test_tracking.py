@@ -474,6 +474,27 @@ def test_closing_gives_up_on_a_store_that_answers_but_refuses_files(
     assert_each_point_once(mirror.uri, mirror.run_id, range(3))
 
 
+def test_a_server_keeps_a_classifiers_weights_as_a_registered_model_and_gives_them_back(
+    root: Path, proxy: Proxy
+) -> None:
+    run_dir = root / "r"
+    mirror = start(run_dir, root, uri=proxy.uri, register="of a server")
+    log_rows(run_dir, range(3))
+    (run_dir / "model.safetensors").write_bytes(b"weights")
+    (run_dir / "model.json").write_text('{"classes": ["cat", "dog"], "metrics": {"train/loss": 0.5}}')
+    mirror.artifacts(["model.safetensors", "model.json"])
+    assert mirror.close(timeout_s=20)
+    assert mirror.run_id is not None
+    run, _, client = mlflow_run(proxy.uri, mirror.run_id)
+    (version,) = client.search_model_versions("name = 'of a server'")
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{mirror.run_id}'")
+    assert (version.run_id, version.source) == (mirror.run_id, model.artifact_location)
+    assert [(point.key, point.value, point.step) for point in model.metrics] == [("train/loss", 0.5, 1)]
+    assert_each_point_once(proxy.uri, mirror.run_id, range(3))
+    folder, weights = tracking.fetch(mirror.run_id, root=root, uri=proxy.uri)
+    assert (folder / weights).read_bytes() == b"weights"
+
+
 def test_a_locked_database_delays_rows_and_nothing_else(root: Path) -> None:
     run_dir = root / "r"
     mirror = start(run_dir, root)

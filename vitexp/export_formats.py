@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from vitexp import serving
 from vitexp.errors import UserError
 from vitexp.export import export_model
 from vitexp.models.deit import DeiT
@@ -354,6 +355,22 @@ def _quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
+# ---- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def write_mlflow(run: TrainedRun, folder: Path) -> None:
+    """What vitexp itself reads, and MLmodel beside it, which says that vitexp.serving loads it."""
+    if not run.classes:
+        raise _not_expressed("mlflow", "it has no classes to predict", others=HOLDS_ALL)
+    with _quiet():
+        serving.write_format(folder, classes=len(run.classes))
+    write_safetensors(run, folder)
+
+
+def reopen_mlflow(folder: Path) -> Model:
+    return serving.read_format(folder).model
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -460,5 +477,15 @@ FORMATS = {
             'processor = AutoImageProcessor.from_pretrained("{folder}")'
         ),
         reads_with=("transformers",),
+    ),
+    "mlflow": Format(
+        write=write_mlflow,
+        reopen=reopen_mlflow,
+        files=("model.safetensors", "model.json", *serving.FILES),
+        usage=(
+            "import mlflow\n\n"
+            'model = mlflow.pyfunc.load_model("{folder}")\n'
+            'print(model.predict(["picture.jpg"]))  # paths, or files in base64'
+        ),
     ),
 }

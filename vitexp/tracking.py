@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vitexp import journal
+from vitexp import journal, serving
 from vitexp.errors import UserError, nearest
 from vitexp.run_folder import process_exists
 
@@ -201,6 +201,8 @@ class _Record:
     root: str  # the outputs folder; artifacts go under it where neither a server nor a sqlite file says otherwise
     ended_s: float | None = None  # unix seconds
     artifacts: list[str] = field(default_factory=list)  # paths in the run folder
+    model: bool = False  # a classifier's weights go as a model that MLflow can load, not as plain artifacts
+    register: str | None = None  # the registered model that it becomes a version of
     stores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by URI: run_id, rows, artifacts delivered there
 
     @classmethod
@@ -224,7 +226,8 @@ class _Record:
 
 def _make_record(
     run_dir: Path, before: _Record | None, *, uri: str | None, root: Path, experiment: str, run_name: str,
-    params: Mapping[str, Any], tags: Mapping[str, Any], dataset: DataFingerprint | None,
+    params: Mapping[str, Any], tags: Mapping[str, Any], dataset: DataFingerprint | None, model: bool,
+    register: str | None,
 ) -> _Record:  # fmt: skip
     """The record of a run that starts now, going on from the one its folder has."""
     record = _Record(
@@ -240,6 +243,8 @@ def _make_record(
         pid=os.getpid(),
         root=str(Path(root).expanduser().resolve()),
         artifacts=before.artifacts if before else [],
+        model=model,
+        register=register,
         stores=before.stores if before else {},
     )
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -268,7 +273,7 @@ class _Session:
     """One MLflow run, reached. It knows what the run already holds, so that nothing is sent twice."""
 
     def __init__(self, client: Any, run: Any, seen: dict[str, dict[int, float]], *, uri: str) -> None:
-        self.client, self.run_id = client, run.info.run_id
+        self.client, self.run_id, self._run = client, run.info.run_id, run
         self._insert_history = _history_inserter(client, uri)
         self.differing = 0  # points the run holds with another value, from beyond the checkpoint a resume went back to
         self._seen = seen
@@ -299,6 +304,15 @@ class _Session:
                     self.differing += 1
                 continue
             yield Metric(name, float(value), timestamp_ms, step)
+
+    def send_file(self, run_dir: Path, record: _Record, relative: str) -> None:
+        """A file of the run folder, in the way that the run wants it kept."""
+        if _is_model(run_dir, record, relative):
+            weights = run_dir / relative
+            pair = [weights, weights.with_suffix(".json")]
+            serving.log_model(self.client, self._run, pair, register=record.register)
+        else:
+            self.send_artifact(run_dir, relative)
 
     def send_artifact(self, run_dir: Path, relative: str) -> None:
         parent = Path(relative).parent.as_posix()
@@ -483,7 +497,10 @@ def _user() -> str:
 def _due_artifacts(run_dir: Path, record: _Record, delivered: Mapping[str, Any]) -> list[tuple[str, list[int]]]:
     """Files asked for that the store lacks or has in an older version, each with the size and time that tell."""
     due = []
+    described = [str(Path(name).with_suffix(".json")) for name in record.artifacts if _is_model(run_dir, record, name)]
     for name in record.artifacts:
+        if name in described:  # goes with its weights
+            continue
         path = run_dir / name
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
@@ -497,6 +514,26 @@ def _due_artifacts(run_dir: Path, record: _Record, delivered: Mapping[str, Any])
     return due
 
 
+def _check_register(name: str | None, *, model: bool) -> None:
+    if name is None:
+        return
+    if not model:
+        raise UserError(f"tracking.register={name}: needs tracking.model=true, without which there is no model")
+    check_model_name(name, key="tracking.register")
+
+
+def check_model_name(name: str, *, key: str) -> None:
+    """UserError for what MLflow takes as no registered model's name."""
+    if not name.strip() or re.search(r"[/:.%\"']", name):
+        raise UserError(f"{key}={name}: a registered model's name is a word or words, without / : . % and quotes")
+
+
+def _is_model(run_dir: Path, record: _Record, name: str) -> bool:
+    """Whether it is the weights of a classifier that MLflow shall have as a model."""
+    description = (run_dir / name).with_suffix(".json")
+    return record.model and name.endswith(".safetensors") and description.exists() and serving.can_serve(description)
+
+
 # ---- the mirrors
 
 
@@ -504,7 +541,9 @@ class Mirror:
     """Shows a run in MLflow while it goes: follows the run folder's `metrics.jsonl` from a daemon thread.
 
     Made after `Journal.truncate_after`, before the first row. In a folder that has a `tracking.json` the same MLflow
-    run goes on. `uri` None means `default_uri(root)`. UserError for a URI that is no store; never for a server."""
+    run goes on. `uri` None means `default_uri(root)`. `model`: a classifier's weights become a model that MLflow loads,
+    and with `register` a new version of the registered model of that name. UserError for a URI that is no store or a
+    name that cannot be registered; never for a server."""
 
     def __init__(
         self,
@@ -517,8 +556,11 @@ class Mirror:
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
         dataset: DataFingerprint | None = None,
+        model: bool = True,
+        register: str | None = None,
         notify: Callable[[str], None] = _log.warning,
     ) -> None:
+        _check_register(register, model=model)
         self.run_dir = Path(run_dir).resolve()
         before = _Record.load(self.run_dir)
         self.uri = _continued_uri(uri, root, before)
@@ -526,7 +568,7 @@ class Mirror:
         self._lock = threading.RLock()  # guards the record; re-entrant because a signal may arrive while we hold it
         self._record = _make_record(
             self.run_dir, before, uri=self.uri, root=root, experiment=experiment, run_name=run_name, params=params,
-            tags=tags, dataset=dataset,
+            tags=tags, dataset=dataset, model=model, register=register,
         )  # fmt: skip
         self._store = self._record.store(self.uri)
         self._store["rows"] = min(self._store["rows"], journal.count_rows(self.run_dir / JOURNAL_NAME))
@@ -716,7 +758,7 @@ class Mirror:
                 return
             if self._first_try(relative):
                 self._allow(stamp[0] / SLOWEST_UPLOAD)
-            session.send_artifact(self.run_dir, relative)
+            session.send_file(self.run_dir, self._record, relative)
             self._arrived()
             with self._lock:
                 self._store["artifacts"][relative] = stamp
@@ -779,7 +821,7 @@ class NoMirror:
         self.run_dir = Path(run_dir).resolve()
         self._record = _make_record(
             self.run_dir, _Record.load(self.run_dir), uri=None, root=root, experiment=experiment, run_name=run_name,
-            params=params, tags=tags, dataset=dataset,
+            params=params, tags=tags, dataset=dataset, model=True, register=None,
         )  # fmt: skip
 
     def wait_imported(self, timeout_s: float = 60.0) -> None:
@@ -860,7 +902,7 @@ def deliver(run_dir: Path, *, uri: str | None = None) -> Delivery:
             position, last_s = position + len(rows), rows[-1].get(journal.TIME_KEY, last_s)
         due = _due_artifacts(run_dir, record, store["artifacts"])
         for relative, stamp in due:
-            session.send_artifact(run_dir, relative)
+            session.send_file(run_dir, record, relative)
             store["artifacts"][relative] = stamp
         if record.status != "RUNNING":
             session.finish(record.status, record.ended_s or last_s)
@@ -893,10 +935,12 @@ def fetch(
     store, what = resolve_uri(uri, root), f"run=mlflow:{run_id}"
     folder = Path(root) / "from_mlflow" / run_id
     with _reading(store, what) as client:
-        if _find_run(client, run_id) is None:
+        run = _find_run(client, run_id)
+        if run is None:
             shown = without_password(store)
             raise UserError(f"{what}: MLflow at {shown} has no such run; give uri= if it is in another")
-        there = {entry.path for entry in client.list_artifacts(run_id)}
+        model = serving.model_of(client, run)
+        there = {entry.path for entry in client.list_artifacts(run_id)} | model.keys()
         best = "model_best.safetensors" if "model_best.safetensors" in there else "model.safetensors"
         weights = best if weights is None else weights
         for name in (weights, str(Path(weights).with_suffix(".json")), *needed):
@@ -908,8 +952,37 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetched.") as beside:
             for name in sorted(wanted):
-                os.replace(client.download_artifacts(run_id, name, beside), folder / name)
+                if name in model:
+                    fetched = serving.download(model[name], beside, store=store)
+                else:
+                    fetched = client.download_artifacts(run_id, name, beside)
+                os.replace(fetched, folder / name)
     return folder, weights
+
+
+def register(folder: Path, name: str, *, run_dir: Path, run_id: str | None, root: Path, uri: str | None = None) -> str:
+    """Logs an export of format=mlflow as a model of its run, and a new version of the registered model `name`; says so.
+
+    The run is `run_id` in the store `uri`, or else the one that the run folder's own record names. Raises UserError."""
+    what = f"register={name}"
+    if run_id is not None:
+        store = resolve_uri(uri, root)
+    else:
+        record = _Record.load(run_dir)
+        run_id = None if record is None or record.uri is None else record.store(record.uri)["run_id"]
+        if record is None or record.uri is None or run_id is None or "***" in record.uri:
+            raise UserError(
+                f"{what}: {run_dir} does not say which run in MLflow it is; the export is written.\n"
+                "Deliver it first (python -m vitexp sync), and give run=mlflow:<run id> uri=<tracking store>"
+            )
+        store = record.uri
+    with _reading(store, what) as client:
+        run = _find_run(client, run_id)
+        if run is None:
+            raise UserError(f"{what}: MLflow at {without_password(store)} has no run {run_id}; the export is written")
+        files = [path for path in sorted(folder.iterdir()) if path.name not in serving.FILES]
+        model_id, version = serving.log_model(client, run, files, register=name)
+    return f"models:/{name}/{version} in {without_password(store)} (models:/{model_id})"
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from vitexp.data.transforms import ResizeCenterCrop
 from vitexp.errors import BadImage, UserError
 from vitexp.export import FORMAT, PREPROCESSING_KEYS, description_of, sha256_of
 
-# One picture: a path, a PIL image, a uint8 array (h, w) or (h, w, c), or a uint8 tensor (c, h, w).
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+# One picture: a path, a file's bytes, a PIL image, a uint8 array (h, w) or (h, w, c), or a uint8 tensor (c, h, w).
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class TrainedRun:
 def load_run(
     run_dir: str | os.PathLike[str], *, weights: str = "model.safetensors", device: str | torch.device = "cpu"
 ) -> TrainedRun:
-    """The exported model of a run folder, ready to predict. `weights="model_best.safetensors"` takes the best one.
+    """The exported model of a run folder, ready to predict. `weights="model_best.safetensors"` takes the best one,
+    `device="auto"` a GPU where there is one.
 
     Nothing in the folder can run code: the weights are safetensors, and only models of this package are built.
     Raises UserError naming the file that is missing, damaged, or does not belong to the weights."""
@@ -222,6 +223,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -231,7 +234,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _several(pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    if isinstance(pictures, (str, os.PathLike, Image.Image)):
+    if isinstance(pictures, (str, os.PathLike, bytes, Image.Image)):
         return [pictures]
     if isinstance(pictures, Tensor):
         return [pictures] if pictures.ndim == 3 else pictures
@@ -244,12 +247,16 @@ def _pixels(picture: Picture, name: str, *, channels: int) -> np.ndarray:
     """uint8 (h, w, channels), decoded as the data sources decode."""
     if isinstance(picture, (str, os.PathLike)):
         return decode(picture, os.fspath(picture), channels)
+    if isinstance(picture, bytes):
+        return decode(picture, name, channels)
     if isinstance(picture, Image.Image):
         return decode(_encoded(picture, name), name, channels)
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu().movedim(0, -1).numpy() if picture.ndim == 3 else picture.detach().cpu().numpy()
     if not isinstance(picture, np.ndarray):
-        raise UserError(f"{name} is a {type(picture).__name__}: a path, PIL image, uint8 array or tensor is understood")
+        raise UserError(
+            f"{name} is a {type(picture).__name__}: a path, bytes, PIL image, uint8 array or tensor is understood"
+        )
     if picture.ndim == 2:
         picture = picture[..., None]
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4) or 0 in picture.shape:

@@ -50,7 +50,7 @@ def states(run: Path, part: str) -> list[dict[str, torch.Tensor]]:
     return [checkpoint.load(checkpoint.open_checkpoint(path))[part] for path in paths]
 
 
-@pytest.mark.parametrize("name", ["safetensors", "timm", "hf"])
+@pytest.mark.parametrize("name", ["safetensors", "timm", "hf", "mlflow"])
 def test_an_export_lies_in_the_runs_folder_with_its_card(run, name, capsys):
     if name == "hf":
         pytest.importorskip("transformers")
@@ -210,3 +210,34 @@ def test_the_command_line_says_what_goes_on_and_where_it_is(run, tmp_path):
     first, second = done.stdout.splitlines()
     assert first == f"onnx in {tmp_path / 'out'}: README.md, model.onnx"
     assert "largest difference" in second
+
+
+def test_an_export_for_mlflow_is_registered_as_a_version_of_its_run(tmp_path, mlflow_uri, capsys):
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "run"
+    train(
+        compose_and_check(
+            [*SETTINGS[:-1], "tracking.model=false", f"tracking.uri={mlflow_uri}", f"output_dir={folder}"]
+        )
+    )
+    assert export.main([f"run={folder}", "format=mlflow", "register=fakes"], None) == 0
+    client = MlflowClient(mlflow_uri)
+    (version,) = client.search_model_versions("name = 'fakes'")
+    assert client.get_run(version.run_id).data.tags["run_dir"] == str(folder)
+    assert f"models:/fakes/1 in {mlflow_uri}" in capsys.readouterr().out
+    there = {path.name for path in Path(version.source.removeprefix("file://")).iterdir()}
+    assert {"MLmodel", "README.md", "model.safetensors", "model.json"} <= there
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["format=timm", "register=a"], "^register=a: MLflow registers format=mlflow, not format=timm"),
+        (["format=mlflow", "register=a/b"], "^register=a/b: .* without / :"),
+        (["format=mlflow", "register=a"], "^register=a: .* does not say which run in MLflow it is"),
+    ],
+)
+def test_what_cannot_be_registered_is_said(run, tmp_path, given, said):
+    with pytest.raises(UserError, match=said):
+        export.main([f"run={run}", f"output={tmp_path / 'out'}", *given], None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitexp import cli, load_run, reports, tracking
+from vitexp import cli, load_run, reports, serving, tracking
 from vitexp.commands import evaluate, predict
 from vitexp.config import compose_and_check
 from vitexp.data.loader import train_batches
@@ -270,7 +270,10 @@ def test_a_finished_run_leaves_its_pictures_and_settings_in_mlflow(run, place):
     client = MlflowClient(f"sqlite:///{place}/outputs/mlflow.db")
     assert {Path(entry.path).name for entry in client.list_artifacts(run_id(run), "plots")} == pictures
     there = {entry.path for entry in client.list_artifacts(run_id(run))}
-    assert {"config.yaml", "config.interpolated.yaml", "model_best.safetensors", "model_best.json"} <= there
+    assert {"config.yaml", "config.interpolated.yaml"} <= there
+    weights = {"model_best.safetensors", "model_best.json"}
+    assert weights == serving.model_of(client, client.get_run(run_id(run))).keys()
+    assert not weights & there  # large: they are kept once
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_make_a_finished_run_fail(workdir, monkeypatch):

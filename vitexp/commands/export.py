@@ -1,4 +1,4 @@
-"""`python -m vitexp export run=<run> format=safetensors|timm|torch_export|onnx|hf`: a trained model for other tools.
+"""`python -m vitexp export run=<run> format=safetensors|timm|torch_export|onnx|hf|mlflow`: weights for others.
 
 Writes a folder (`output`; by default export/<format> in the run's) with the model, and README.md, a model card. It is
 opened again and compared with the run before it appears, whole or not at all. A folder that is there already is
@@ -6,7 +6,8 @@ replaced with overwrite=true, if it is an export.
 
 `run` is what it is in every command: a run folder, weights it exported, or mlflow:<run id> with `uri=`; `weights` names
 one of its files. Instead, `average=<k>` takes the mean of the run's last k checkpoints and `ema=true` the moving
-average in the last one. Needs `pip install 'vitexp[export]'` for onnx."""
+average in the last one. `register=<name>` with format=mlflow also logs the export in the run's MLflow, as a new version
+of the registered model of this name. Needs `pip install 'vitexp[export]'` for onnx."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitexp import tracking
 from vitexp.errors import UserError, nearest
-from vitexp.locate import Located, locate, truth, words_given
+from vitexp.locate import Located, locate, store_of_training, truth, words_given
 
 if TYPE_CHECKING:
     from vitexp.trained import TrainedRun
 
-KEYS = ("run", "format", "output", "weights", "average", "ema", "overwrite", "uri")
-FORMAT_NAMES = ("safetensors", "timm", "torch_export", "onnx", "hf")
+KEYS = ("run", "format", "output", "weights", "average", "ema", "overwrite", "uri", "register")
+FORMAT_NAMES = ("safetensors", "timm", "torch_export", "onnx", "hf", "mlflow")
 USAGE = f"python -m vitexp export run=<run folder> format={'|'.join(FORMAT_NAMES)} output=<folder>"
 CARD = "README.md"
 TOLERANCE = 1e-3  # of the largest logit: far above float32's rounding in another order, far below another computation
@@ -41,6 +43,11 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         raise UserError(
             f"format={name}: no such format.{nearest(name, FORMAT_NAMES)} There are {', '.join(FORMAT_NAMES)}"
         )
+    registered = given.get("register") or None
+    if registered is not None:
+        if name != "mlflow":
+            raise UserError(f"register={registered}: MLflow registers format=mlflow, not format={name}")
+        tracking.check_model_name(registered, key="register")
     overwrite, ema, count = _flag(given, "overwrite"), _flag(given, "ema"), _count(given, "average")
     averaged = [key for key, asked in (("average", count is not None), ("ema", ema)) if asked]
     if len(averaged) + ("weights" in given) > 1:
@@ -58,6 +65,11 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         )  # fmt: skip
     print(f"{name} in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     print(checked)
+    if registered is not None:
+        from vitexp.reports import OUTPUTS
+
+        run_id, uri = tracking.run_id_of(given["run"]), given.get("uri") or store_of_training()
+        print(tracking.register(output, registered, run_dir=found.folder, run_id=run_id, root=OUTPUTS, uri=uri))
     return 0
 
 

@@ -24,20 +24,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitexp import serving
 from vitexp.errors import BadImage, UserError
 from vitexp.locate import locate, words_given
+from vitexp.serving import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitexp.trained import Prediction, TrainedRun
+    from vitexp.trained import TrainedRun
 
 KEYS = ("run", "input", "output", "batch_size", "topk", "workers", "weights", "device", "uri")
 USAGE = "python -m vitexp predict run=<run folder> input=<folder, file or glob> output=<file.csv|.parquet|.jsonl>"
 BATCHES_AHEAD = 2  # being read while one is computed
 ROWS_A_GROUP = 8192  # of a Parquet file, kept in memory until they are written
-
-Row = dict[str, str | float | None]
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,7 @@ def predict(
     if not run.classes:
         raise UserError(f"{run.folder} has no classes to predict: its stage was {run.stage}")
     topk = min(topk, len(run.classes))
-    columns = ["file", "class", "probability"]
-    for place in range(1, topk + 1):
-        columns += [f"top{place}_class", f"top{place}_probability"]
-    columns.append("error")
+    columns = ["file", *serving.columns(topk)]
     unreadable, first_error = 0, ""
     make_folder(output.parent)
     with (
@@ -121,7 +118,7 @@ def predict(
                     unreadable += 1
                     first_error = first_error or f"{printable(name)}: {picture.reason}"
                 row: Row = dict.fromkeys(columns)
-                row |= {"error": picture.reason} if bad else _best(next(found))
+                row |= {"error": picture.reason} if bad else serving.row(next(found))
                 rows.append(row | {"file": printable(name)})
             write(rows)
             bar.update(len(rows))
@@ -130,14 +127,10 @@ def predict(
 
 def open_run(name: str, *, weights: str | None = None, device: str | None = None, uri: str | None = None) -> TrainedRun:
     """The exported model that run= names, on the GPU where there is one. Raises UserError."""
-    import torch
-
     from vitexp.trained import load_run
 
     found = locate(name, uri=uri, weights=weights)
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return load_run(found.folder, weights=found.weights or "model.safetensors", device=device)
+    return load_run(found.folder, weights=found.weights or "model.safetensors", device=device or "auto")
 
 
 def find_pictures(given: str, *, besides: Path | None = None) -> tuple[list[str], int]:
@@ -213,17 +206,6 @@ def _read_ahead(
             yield names, [picture.result() for picture in reading]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _best(prediction: Prediction) -> Row:
-    row: Row = {"class": prediction.class_name, "probability": _digits(prediction.probability)}
-    for place, (name, share) in enumerate(prediction.top, start=1):
-        row |= {f"top{place}_class": name, f"top{place}_probability": _digits(share)}
-    return row
-
-
-def _digits(share: float) -> float:
-    return float(f"{share:.6g}")  # as many as float32 has
 
 
 # ---- output: each opens a path and gives a function that takes rows
