@@ -453,6 +453,15 @@ def test_closing_waits_for_a_large_upload_that_takes_longer_than_an_answer(
     assert mirror.close(timeout_s=1.0)
 
 
+def test_where_a_run_lies_is_a_tag_and_no_param_to_compare(root: Path) -> None:
+    mirror = start(root / "r", root, params={**PARAMS, "output_dir": str(root / "r")})
+    assert mirror.close(timeout_s=20)
+    assert mirror.run_id is not None
+    run, _, _ = mlflow_run(mirror.uri, mirror.run_id)
+    assert "optim.lr" in run.data.params
+    assert "output_dir" not in run.data.params
+
+
 def test_closing_gives_up_on_a_store_that_answers_but_refuses_files(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ from vitexp.run_folder import process_exists
 
 RECORD_NAME = "tracking.json"
 JOURNAL_NAME = "metrics.jsonl"
+PLACE = "output_dir"  # differs in every run: as a param it takes an axis of every comparison, the tag run_dir does not
 CHANGED = "changed."  # begins the tag of a param that a resume has changed: in MLflow params cannot
 # What `sync` sends of a run that was killed before it could name its files itself.
 USUAL_ARTIFACTS = (
@@ -235,7 +236,7 @@ def _make_record(
         experiment=experiment,
         run_name=run_name,
         key=before.key if before else uuid.uuid4().hex,
-        params=flatten(params),
+        params=flatten({key: value for key, value in params.items() if key != PLACE}),
         tags={_entity_name(key): str(value)[:8000] for key, value in tags.items()},
         dataset=asdict(dataset) if dataset else None,
         status="RUNNING",
