@@ -119,6 +119,18 @@ def _load_pyfunc(path: str) -> Classifier:
 # ---- what MLflow stores ----------------------------------------------------------------------------------------------
 
 
+def quiet_mlflow() -> None:
+    """To be called before MLflow is imported: quiet, with short time-outs; a person's own settings win."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; MLflow's default blocks for four minutes
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # a server answers a large upload only once it has put it away
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # a locked database is an ERROR of 60 lines there, one notice here
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 def can_serve(description: Path) -> bool:
     """Whether exported weights are a classifier's, by their description."""
     try:
@@ -133,6 +145,7 @@ def _read(description: Path) -> dict[str, Any]:
 
 def write_format(folder: Path, *, classes: int, **identity: Any) -> None:
     """MLmodel with the signature, and the packages needed, into an empty folder; the weights go beside them."""
+    quiet_mlflow()
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -158,6 +171,7 @@ def write_format(folder: Path, *, classes: int, **identity: Any) -> None:
 
 def read_format(folder: Path) -> TrainedRun:
     """The run, loaded as MLflow loads it."""
+    quiet_mlflow()
     import mlflow.pyfunc
 
     return mlflow.pyfunc.load_model(str(folder)).get_raw_model()

@@ -362,14 +362,7 @@ def _same_point(stored: float, ours: float) -> bool:
 
 def _import_mlflow(uri: str) -> None:
     """Brings MLflow in, quiet and with short time-outs; a person's own settings win."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; MLflow's default blocks for four minutes
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # a server answers a large upload only once it has put it away
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # a locked database is an ERROR of 60 lines there, one notice here
-    }.items():
-        os.environ.setdefault(name, value)
+    serving.quiet_mlflow()
     import mlflow.tracking
 
     if _sqlite_path(uri):
