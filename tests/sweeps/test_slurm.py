@@ -10,15 +10,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from vitexp.errors import UserError
+from vitexp.sweeps import slurm as module
 from vitexp.sweeps.ledger import read_ledger
 from vitexp.sweeps.local import Limits
-from vitexp.sweeps.slurm import Slurm, SlurmJob
+from vitexp.sweeps.slurm import Here, Slurm, SlurmJob
 
 pytest.importorskip("submitit", reason="needs pip install 'vitexp[slurm]'")
 
@@ -31,7 +34,8 @@ cp "$1" $PLACE/script-$number.sh; echo PENDING > $PLACE/state-$number
 if [ -n "$REALLY" ]; then
   export SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
   export SLURM_JOB_NODELIST=here
-  setsid bash -c "echo RUNNING > $PLACE/state-$number; bash $1; echo COMPLETED > $PLACE/state-$number" \\
+  setsid bash -c "echo RUNNING > $PLACE/state-$number
+    bash $1 && echo COMPLETED > $PLACE/state-$number || echo FAILED > $PLACE/state-$number" \\
     > /dev/null 2>&1 < /dev/null &
   echo $! > $PLACE/group-$number
 fi
@@ -41,8 +45,18 @@ SACCT = """#!/bin/bash
 echo "JobID|State|NodeList"
 for file in $PLACE/state-*; do echo "${file##*-}|$(cat $file)|here"; done
 """
-SRUN = '#!/bin/bash\nshift 5\nexec "$@"\n'  # --unbuffered --output o --error e
-SCANCEL = "#!/bin/bash\nfor word; do kill -TERM -- -$(cat $PLACE/group-$word 2>/dev/null) 2>/dev/null; done\nexit 0\n"
+# --unbuffered --output o --error e --cpus-per-task=8
+SRUN = '#!/bin/bash\nshift 6\necho $$ > $PLACE/step-$SLURM_JOB_ID\nexec "$@"\n'
+# A signal is for the step's processes, without one all ends.
+SCANCEL = """#!/bin/bash
+if [ "$1" = --signal=TERM ]; then
+  step=$(cat $PLACE/step-$2)
+  kill -TERM $step $(cat /proc/$step/task/$step/children)
+elif [ -e $PLACE/group-$1 ]; then
+  echo CANCELLED > $PLACE/state-$1
+  kill -TERM -- -$(cat $PLACE/group-$1)
+fi
+"""
 
 
 @pytest.fixture
@@ -59,10 +73,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def begun(folder: Path, launcher: Slurm, name: str = "lr-1") -> SlurmJob:
+def begun(folder: Path, launcher: Slurm, name: str = "lr-1", overrides: Sequence[str] = ("seed=0",)) -> SlurmJob:
     (folder / "console").mkdir(exist_ok=True)
     console = folder / "console" / f"{name}.log"
-    return launcher.start(["seed=0"], slot=0, console=console, heard=lambda: 0.0, limits=Limits())
+    return launcher.start(list(overrides), slot=0, console=console, heard=lambda: 0.0, limits=Limits())
 
 
 def test_the_script_asks_for_what_was_typed(slurm: Path, tmp_path: Path) -> None:
@@ -79,6 +93,7 @@ def test_the_script_asks_for_what_was_typed(slurm: Path, tmp_path: Path) -> None
         assert f"#SBATCH {line}\n" in script
     assert "--signal=USR2@90" in script, "no warning before the end, so nothing is saved"
     assert script.index("\nmodule load cuda\n") < script.index("\nsrun ")
+    assert " --cpus-per-task=6 " in script[script.index("\nsrun ") :], "newer Slurms would give each job one core"
     assert f"{sys.executable} -u -m submitit.core._submit {tmp_path}/console/submitit" in script
 
 
@@ -118,6 +133,55 @@ def test_a_job_that_waits_or_runs_is_found_again_and_not_submitted_twice(slurm: 
     assert begun(tmp_path, Slurm(1))._job.job_id == str(int(number) + 1)
 
 
+def test_inside_a_job_of_slurms_its_settings_are_not_handed_on(slurm: Path, tmp_path: Path, monkeypatch) -> None:
+    (slurm / "sbatch").write_text(SBATCH + "env > $PLACE/environment\n")
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_MEM_PER_NODE": "1000", "SBATCH_ACCOUNT": "lab"}.items():
+        monkeypatch.setenv(name, value)
+    begun(tmp_path, Slurm(1))
+    assert "SLURM_" not in (slurm / "environment").read_text()
+    assert os.environ["SLURM_JOB_ID"] == "77"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    begun(tmp_path, Slurm(1), name="other")
+    assert "SBATCH_ACCOUNT=lab" in (slurm / "environment").read_text(), "a person's own default is theirs"
+
+
+@pytest.mark.parametrize(("state", "asked"), [("RUNNING", "--signal=TERM {}"), ("PENDING", "{}")])
+def test_a_running_job_is_asked_to_save_and_a_waiting_one_cancelled(
+    slurm: Path, tmp_path: Path, state: str, asked: str
+) -> None:
+    (slurm / "scancel").write_text('#!/bin/bash\necho "$@" >> $PLACE/cancelled\n')
+    job = begun(tmp_path, Slurm(1))
+    (slurm / f"state-{job._job.job_id}").write_text(state)
+    job._job.watcher.update()
+    assert job.poll() is None
+    job.stop("stopped", "stopped by SIGINT")
+    assert (slurm / "cancelled").read_text().split("\n") == [asked.format(job._job.job_id), ""]
+    job.grace_s = -1.0
+    job._job.watcher.update()
+    assert job.poll() is None
+    assert (slurm / "cancelled").read_text().split("\n")[1:] == [job._job.job_id, ""], "it did not end in time"
+
+
+def test_slurms_warning_is_answered_as_soon_as_the_job_has_saved(tmp_path: Path, monkeypatch) -> None:
+    """submitit calls checkpoint() in a signal's handler, while the job is waited for."""
+    monkeypatch.setattr(module, "run_here", lambda *_, **__: subprocess.Popen(["sleep", "60"]))
+    here, took = Here([], tmp_path / "log", cwd=".", in_slurm=True), []
+
+    def warned(*_: object) -> None:
+        before = time.monotonic()
+        here.checkpoint()
+        took.append(time.monotonic() - before)
+
+    former = signal.signal(signal.SIGUSR2, warned)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        with pytest.raises(SystemExit):  # no result: Slurm says what becomes of a job that was asked to stop
+            here()
+    finally:
+        signal.signal(signal.SIGUSR2, former)
+    assert took[0] < 5
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on this machine"):
@@ -147,6 +211,50 @@ def test_submitits_local_executor_runs_a_sweep_to_its_end(tmp_path: Path) -> Non
     assert "not finite" in reason or "nan" in reason.lower()
     again = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert "2 finished already" in again.stderr
+
+
+def until(happened: Callable[[], object], seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_job_preempted_by_sigterm_is_waited_for_until_slurm_runs_it_again(
+    slurm: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("REALLY", "1")
+    monkeypatch.setattr(module, "LOOK_S", 0.2)
+    run = tmp_path / "run"
+    overrides = [*RUN, "train.epochs=4000", "train.save_every=20", "schedule=constant", f"output_dir={run}"]
+    job = begun(tmp_path, Slurm(1, gpus=0), overrides=overrides)
+    number, journal, console = job._job.job_id, run / "metrics.jsonl", tmp_path / "console" / "lr-1.log"
+    until(lambda: job.poll() is None and journal.exists() and journal.stat().st_size > 0)
+    group, state = int((slurm / f"group-{number}").read_text()), slurm / f"state-{number}"
+    os.killpg(group, signal.SIGTERM)  # ends the script, too, which would say that the job is complete
+    until(lambda: "stopped by SIGTERM" in console.read_text())
+    state.write_text("PENDING")
+    size = journal.stat().st_size
+    patience = time.monotonic() + 3
+    until(lambda: job.poll() is not None or time.monotonic() > patience)
+    assert job.poll() is None, "taken as stopped for good"
+    assert begun(tmp_path, Slurm(1, gpus=0), overrides=overrides)._job.job_id == number, "submitted a second time"
+    state.write_text("RUNNING")
+    again = subprocess.Popen(
+        ["bash", slurm / f"script-{number}.sh"], start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "SLURM_JOB_ID": number, "SLURM_NTASKS": "1",
+                                        "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0",
+                                        "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "here"},
+    )  # fmt: skip
+    until(lambda: journal.stat().st_size > size)
+    os.killpg(again.pid, signal.SIGTERM)
+    again.wait(60)
+    state.write_text("CANCELLED by 1000")
+    monkeypatch.setattr(module, "RESULT_S", 0.0)
+    found: list[object] = []
+    until(lambda: found.append(job.poll()) or found[-1])
+    assert found[-1] == ("killed", "cancelled, says Slurm")
 
 
 @pytest.mark.slow

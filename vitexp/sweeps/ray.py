@@ -1,9 +1,9 @@
 """Jobs of a sweep on the machines of a Ray cluster, or on this one through Ray.
 
 A job is an actor that has its share of cores and GPUs and starts `python -m vitexp` as a process, so that it can be
-ended. What travels with it is what was typed, the folder it was typed in and the environment's VITEXP_ and MLFLOW_
-variables; vitexp is installed on the machines, and they share the file system where pictures and outputs lie. Jobs
-end, after saving, when the sweep's process dies.
+ended. What travels with it is what was typed, the folder it was typed in and the variables of the environment that
+begin as TRAVELS says; vitexp is installed on the machines, and they share the file system where pictures and outputs
+lie. Jobs end, after saving, when the sweep's process dies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vitexp.sweeps.ledger import State
 from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with, run_here
 
 OBJECTS = 128 * 2**20  # bytes that a Ray of this machine alone keeps in memory for results: exit codes
-TRAVELS = ("VITEXP_", "MLFLOW_", "HF_", "PYTHONPATH")
+TRAVELS = ("VITEXP_", "MLFLOW_", "HF_", "OMP_", "PYTHONPATH")
 
 
 class Ray:

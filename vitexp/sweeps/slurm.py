@@ -31,6 +31,8 @@ from vitexp.sweeps.local import GRACE_S, Limits, Watched, dies_with, run_here
 LOOK_S = 15.0  # between two questions to Slurm
 PREEMPTED_S = 300.0  # how long a preempted job may take to be queued again
 FORGOTTEN_S = 600.0  # after which a number that Slurm does not know is no new one
+POLL_S = 0.1
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)  # exit codes
 RESULT_S = 10.0  # how much later than a job's end its result may come, over a network's file system
 # Slurm's words for an end that was not the job's own, and ours.
 ENDED: dict[str, tuple[State, str]] = {
@@ -78,6 +80,8 @@ class Slurm:
         logging.getLogger("submitit").setLevel(logging.ERROR)  # its lines would go through the table
         self.cluster, self.survives = cluster, cluster == "slurm"
         asked = {
+            # Said to srun, too: since Slurm 22.05 it does not take this from its job, and would give one core.
+            "slurm_srun_args": [f"--cpus-per-task={cpus}"],
             "cpus_per_task": cpus, "gpus_per_node": gpus or None, "mem_gb": memory_gb, "timeout_min": timeout_min,
             "slurm_partition": partition, "slurm_account": account, "slurm_qos": qos, "slurm_setup": setup or None,
             "slurm_additional_parameters": dict(additional) if additional else None,
@@ -91,17 +95,22 @@ class Slurm:
         job = self._still_there(record)
         if job is None:
             executor = self.executor(console.parent / "submitit", name=console.stem)
-            job = executor.submit(Here(arguments, console, cwd=os.getcwd()))
+            with self._from_outside():
+                job = executor.submit(Here(arguments, console, cwd=os.getcwd(), in_slurm=self.survives))
             record.write({"id": job.job_id, "folder": str(executor.folder), "submitted": time.time()})
         if self.survives:
             job.watcher._delay_s = LOOK_S  # submitit's own is up to ten minutes
-        return SlurmJob(job, record, console=console, heard=heard, limits=limits)
+        return SlurmJob(job, record, in_slurm=self.survives, console=console, heard=heard, limits=limits)
 
     def executor(self, folder: Path, *, name: str) -> Any:
         """submitit's, which writes and submits the script."""
         executor = self._submitit.AutoExecutor(folder=folder, cluster=self.cluster)
         executor.update_parameters(name=f"vitexp-{name}"[:60], **self._asked)
         return executor
+
+    def _from_outside(self) -> contextlib.AbstractContextManager[None]:
+        """Inside a job of Slurm's: without what it set there, which sbatch would take as asked for."""
+        return self._submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
 
     def _still_there(self, record: Record) -> Any | None:
         """The job of a former start that waits or runs."""
@@ -137,9 +146,11 @@ class SlurmJob(Watched):
 
     grace_s = 90.0  # Slurm has a grace of its own, 30 s unless its owners say otherwise
 
-    def __init__(self, job: Any, record: Record, *, console: Path, heard: Callable[[], float], limits: Limits) -> None:
+    def __init__(
+        self, job: Any, record: Record, *, in_slurm: bool, console: Path, heard: Callable[[], float], limits: Limits
+    ) -> None:
         super().__init__(console=console, heard=heard, limits=limits)
-        self._job, self._record = job, record
+        self._job, self._record, self._in_slurm = job, record, in_slurm
         self._gone_at: float | None = None
         self._preempted_at: float | None = None
         self._began_at = record.read().get("began")  # by a former start
@@ -179,47 +190,69 @@ class SlurmJob(Watched):
             said = "left no result"
         if self._asked is not None:
             return self._asked[0], self._asked[1]
-        state = str(self._job.state).split()[0].rstrip("+")  # `CANCELLED by 1000`
-        return ENDED.get(state) or ("failed", self._complaint() or f"{state.lower()}: {said}")
+        state, complaint = str(self._job.state).split()[0].rstrip("+"), self._complaint()  # `CANCELLED by 1000`
+        if state not in ENDED and complaint.startswith("stopped by "):
+            return "stopped", complaint
+        return ENDED.get(state) or ("failed", complaint or f"{state.lower()}: {said}")
 
     def _ask(self) -> None:
-        self._job.cancel(check=False)  # Slurm sends SIGTERM to all of it, and SIGKILL after its own grace
+        if self._in_slurm and self._began_at is not None:
+            # Cancelled, it would be killed after Slurm's own grace, mostly 30 s.
+            subprocess.call(["scancel", "--signal=TERM", str(self._job.job_id)])
+        else:
+            self._job.cancel(check=False)
 
     def _kill(self) -> None:
         self._job.cancel(check=False)
 
 
 class Here:
-    """What runs on the machine that Slurm chose: the job as a process, whose exit code is the result."""
+    """What runs on the machine that Slurm chose: the job as a process, whose exit code is the result.
 
-    def __init__(self, arguments: list[str], console: Path, *, cwd: str) -> None:
-        self.arguments, self.console, self.cwd = arguments, console, cwd
+    In Slurm a process that was asked to stop leaves none: the job may have been cancelled, or preempted and about to be
+    queued again, which Slurm alone can say."""
+
+    def __init__(self, arguments: list[str], console: Path, *, cwd: str, in_slurm: bool) -> None:
+        self.arguments, self.console, self.cwd, self.in_slurm = arguments, console, cwd, in_slurm
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         prepare = _deaf_to_slurm(dies_with(os.getpid()))
         self._process = run_here(self.arguments, self.console, cwd=self.cwd, prepare=prepare)
         try:
-            return self._process.wait()
+            code = self._process.wait()
         finally:
             self._end()
+        if self.in_slurm and code in STOPPED:
+            raise SystemExit(code)
+        return code
 
     def checkpoint(self) -> Any:
         """Called by submitit when Slurm preempts the job or its time is over: it saves, and is queued again."""
         self._end()
         submission = importlib.import_module("submitit").helpers.DelayedSubmission
-        return submission(Here(self.arguments, self.console, cwd=self.cwd))
+        return submission(Here(self.arguments, self.console, cwd=self.cwd, in_slurm=self.in_slurm))
 
     def _end(self) -> None:
-        if self._process is None or self._process.poll() is not None:
+        process = self._process
+        if process is None or process.poll() is not None:
             return
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE_S)
-        self._process.kill()
+        process.terminate()
+        until = time.monotonic() + GRACE_S
+        while not _has_ended(process.pid) and time.monotonic() < until:
+            time.sleep(POLL_S)
+        process.kill()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": None}
+
+
+def _has_ended(pid: int) -> bool:
+    """Asked of the kernel: in a signal's handler Popen cannot say, whose lock the interrupted wait() holds."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _deaf_to_slurm(prepare: Callable[[], None] | None) -> Callable[[], None]:
