@@ -23,5 +23,9 @@ if [ "$status" -eq 0 ]; then
 else
     echo "pip failed; the end of $log:" >&2
     grep -v "$noise" "$log" | tail -n 25 >&2
+    if grep -q 'No space left on device' "$log"; then
+        free=$(df -Pk "$venv" | awk 'NR == 2 {printf "%.1f", $4 / 1048576}')
+        echo "the disk is full: all that vitexp needs takes about 7 GB in $venv, and $free GB are free there" >&2
+    fi
 fi
 exit "$status"
