@@ -66,7 +66,10 @@ def test_pretrain_finetune_and_evaluate(workdir: Path) -> None:
     assert by_name["second"].data.tags["stage"] == "finetune"
     assert by_name["first"].data.params["choices.model"] == "vit_debug"
     names = {item.path for item in client.list_artifacts(by_name["first"].info.run_id)}
-    assert {"config.yaml", "summary.json", "plots", "model_best.safetensors"} <= names
+    assert {"config.yaml", "summary.json", "plots"} <= names
+    first = by_name["first"].info
+    (model,) = client.search_logged_models([first.experiment_id], f"source_run_id = '{first.run_id}'")
+    assert "model_best.safetensors" in {item.path for item in client.list_logged_model_artifacts(model.model_id)}
 
 
 def test_the_same_command_again_trains_nothing_twice(workdir: Path) -> None:

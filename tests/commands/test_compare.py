@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from vitexp import plots, reports
+from vitexp import reports
 from vitexp.commands.compare import main, parse
 from vitexp.commands.evaluate import main as evaluate
 from vitexp.comparison import short_names
 from vitexp.config import compose_and_check
 from vitexp.data.sources.folder import folder
 from vitexp.errors import UserError
+from vitexp.plots import style
 from vitexp.train import train
 
 COMMON = [
@@ -31,7 +32,7 @@ COMMON = [
 def learn(*settings: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reports, "draw_pictures", lambda *_: None)  # with the next half of a run's time
-        patch.setattr(plots, "_save", lambda figure, path, **_: Path(path))
+        patch.setattr(style, "save", lambda figure, path, **_: Path(path))
         train(compose_and_check([*COMMON, *settings]))
 
 
