@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 
-from vitexp import tracking
+from vitexp import journal, tracking
 from vitexp.commands.sync import sync
 from vitexp.errors import UserError
 from vitexp.journal import Journal
-from vitexp.tracking import DataFingerprint, Mirror, NoMirror
+from vitexp.tracking import DataFingerprint, Mirror, NoMirror, session
+from vitexp.tracking import mirror as mirroring
 
 PARAMS = {"optim": {"lr": 1e-3, "betas": [0.9, 0.999]}, "model": {"name": "vit", "head": None}}
 TAGS = {"stage": "finetune", "model": "vit"}
@@ -43,10 +44,10 @@ def root(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copy(mlflow_template, outputs / "mlflow.db")
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(tracking, "POLL_S", 0.05)
-    monkeypatch.setattr(tracking, "SEND_S", 0.1)
-    monkeypatch.setattr(tracking, "FIRST_BACKOFF_S", 0.1)
-    monkeypatch.setattr(tracking, "LONGEST_BACKOFF_S", 0.2)
+    monkeypatch.setattr(mirroring, "POLL_S", 0.05)
+    monkeypatch.setattr(mirroring, "SEND_S", 0.1)
+    monkeypatch.setattr(mirroring, "FIRST_BACKOFF_S", 0.1)
+    monkeypatch.setattr(mirroring, "LONGEST_BACKOFF_S", 0.2)
     return outputs
 
 
@@ -238,15 +239,16 @@ def test_rows_are_seen_while_the_run_goes_and_names_are_made_fit(root: Path) -> 
 def test_training_rows_go_together_and_what_a_person_waits_for_goes_at_once(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_S", 60.0)
+    monkeypatch.setattr(mirroring, "SEND_S", 60.0)
     run_dir, sent = root / "r", []
-    real = tracking._Session.send
-    monkeypatch.setattr(tracking._Session, "send", lambda self, rows: (sent.append(len(rows)), real(self, rows)))
+    real = session.Session.send
+    monkeypatch.setattr(session.Session, "send", lambda self, rows: (sent.append(len(rows)), real(self, rows)))
     mirror = start(run_dir, root)
     log_rows(run_dir, range(1))
     wait_for(lambda: sum(sent) == 1)
     log_rows(run_dir, range(1, 30))
-    wait_for(lambda: sum(sent) == 30)
+    wait_for(lambda: mirror._store["rows"] == 30)
+    time.sleep(0.5)  # it looks once more, and has caught up
     before = len(sent)
     for step in range(30, 50):
         log_rows(run_dir, range(step, step + 1))
@@ -294,9 +296,9 @@ def test_history_and_latest_values_are_what_mlflow_itself_would_keep(root: Path)
 
 def test_an_artifact_is_sent_again_only_when_it_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, sent = root / "r", []
-    real = tracking._Session.send_artifact
+    real = session.Session.send_artifact
     monkeypatch.setattr(
-        tracking._Session, "send_artifact", lambda self, folder, name: (sent.append(name), real(self, folder, name))
+        session.Session, "send_artifact", lambda self, folder, name: (sent.append(name), real(self, folder, name))
     )
     mirror = start(run_dir, root)
     for name in "ab":
@@ -346,7 +348,7 @@ def test_a_batch_that_a_server_works_off_twice_is_kept_once(root: Path, proxy: P
     wait_for(lambda: mirror._store["rows"] == 10)
     assert mirror._session is not None
     # As a request does that hung, was sent again, and was answered both times after all.
-    mirror._session.send(tracking.journal.read(run_dir / "metrics.jsonl"))
+    mirror._session.send(journal.read(run_dir / "metrics.jsonl"))
     assert mirror.close()
     assert_each_point_once(proxy.uri, mirror.run_id, range(10))
 
@@ -426,7 +428,7 @@ def test_a_kill_sets_its_status_although_a_large_upload_is_on_its_way(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, uploading, go_on = root / "r", threading.Event(), threading.Event()
-    monkeypatch.setattr(tracking._Session, "send_artifact", lambda *_: (uploading.set(), go_on.wait(20)))
+    monkeypatch.setattr(session.Session, "send_artifact", lambda *_: (uploading.set(), go_on.wait(20)))
     mirror = start(run_dir, root)
     log_rows(run_dir, range(3))
     (run_dir / "model.safetensors").write_bytes(bytes(1000))
@@ -443,7 +445,7 @@ def test_closing_waits_for_a_large_upload_that_takes_longer_than_an_answer(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = root / "r"
-    monkeypatch.setattr(tracking._Session, "send_artifact", lambda *_: time.sleep(2.0))
+    monkeypatch.setattr(session.Session, "send_artifact", lambda *_: time.sleep(2.0))
     mirror = start(run_dir, root)
     log_rows(run_dir, range(3))
     with (run_dir / "model.safetensors").open("wb") as file:
@@ -469,7 +471,7 @@ def test_closing_gives_up_on_a_store_that_answers_but_refuses_files(
         raise OSError("the bucket is full")
 
     run_dir, notices = root / "r", []
-    monkeypatch.setattr(tracking._Session, "send_artifact", refuse)
+    monkeypatch.setattr(session.Session, "send_artifact", refuse)
     mirror = start(run_dir, root, notify=notices.append)
     log_rows(run_dir, range(3))
     (run_dir / "summary.json").write_text("{}")
@@ -563,7 +565,8 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from vitexp import journal, tracking
-tracking.POLL_S = tracking.SEND_S = 0.02
+from vitexp.tracking import mirror as mirroring
+mirroring.POLL_S = mirroring.SEND_S = 0.02
 run_dir, root = Path(sys.argv[1]), Path(sys.argv[2])
 log = journal.Journal(run_dir / "metrics.jsonl")
 rows = journal.read(log.path) if log.path.exists() else []
@@ -591,7 +594,7 @@ def test_killed_at_any_moment_the_next_start_goes_on_and_sync_calls_it_killed(ro
             finally:
                 child.send_signal(signal.SIGKILL)
     (run_dir / "config.yaml").write_text("a: 1\n")
-    steps = range(1, tracking.journal.read(run_dir / "metrics.jsonl")[-1]["step"] + 1)
+    steps = range(1, journal.read(run_dir / "metrics.jsonl")[-1]["step"] + 1)
     assert "status KILLED" in sync(run_dir)
     run_id = json.loads((run_dir / "tracking.json").read_text())["stores"][f"sqlite:///{root}/mlflow.db"]["run_id"]
     run, points, client = mlflow_run(f"sqlite:///{root}/mlflow.db", run_id)
@@ -650,6 +653,7 @@ def test_starting_over_in_a_folder_makes_a_new_run(root: Path) -> None:
 # ---- first use
 
 
+@pytest.mark.slow
 def test_six_first_runs_at_once_all_land_in_a_new_store_although_one_was_killed_making_it(tmp_path: Path) -> None:
     script = """
 import sys, time

@@ -361,6 +361,10 @@ def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str]
         raise UserError(f"{key}={module_name}.{name}: there is no module {module_name}")
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     found = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"}
+    for node in tree.body:  # a package may show at its top what a module of it defines
+        inside = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{module_name}.")
+        if inside and any(alias.name == name for alias in node.names):
+            return _written_signature(str(node.module), name, key)
     if name not in found:
         raise UserError(f"{key}={module_name}.{name}: {module_name} defines no {name!r}.{nearest(name, found)}")
     node, aliases = found[name], _Aliases(tree)
