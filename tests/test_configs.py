@@ -70,7 +70,12 @@ TINY_ELSEWHERE = [
     name for name in EXPERIMENTS if name.startswith(("mae_", "lvvit_", "deit", "t2t_"))
 ]  # two steps of each in test_recipes.py
 TWINS = ["vit_imagenet", "vit_imagenet21k"]  # vit_pretrain with other numbers
-SLOW = [*TWINS, *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224)]
+SLOW = [
+    "vit_pretrain",
+    "small_transfer",
+    *TWINS,
+    *(name for name, preset in EXPERIMENTS.items() if preset.get("model", {}).get("image_size", 0) > 224),
+]
 
 
 def _file(path: Path) -> Path:

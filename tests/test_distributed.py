@@ -65,6 +65,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert [summary["global_batch"] for summary in summaries] == [16, 16]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_stop_together(tmp_path: Path) -> None:
     extra = ["train.batch_size=4", "runtime.processes=2", "train.epochs=300"]
     process = subprocess.Popen(command(tmp_path / "cut", *extra), stderr=subprocess.PIPE, text=True)

@@ -35,6 +35,7 @@ def store(tmp_path: Path) -> Path:
     return made_up_store(tmp_path / "store", source.train, source.classes)
 
 
+@pytest.mark.slow
 def test_killed_with_token_labels_it_ends_bit_for_bit_the_same(tmp_path: Path, store: Path) -> None:
     with_maps = [*LABELLED, *LVVIT, f"train.token_labels={store}"]
     here = killed_runs(
