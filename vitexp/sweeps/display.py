@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -36,7 +37,6 @@ class Standing:
     epochs: float | None = None  # of the whole run
     loss: float | None = None
     metric: tuple[str, float] | None = None
-    heard: float = 0.0  # time.time() of its last row
 
     @property
     def share(self) -> float | None:
@@ -51,7 +51,6 @@ def standing(folder: Path, *, metric: str | None) -> Standing:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-        heard = path.stat().st_mtime
     except OSError:
         return Standing()
     last: dict[str, float] = {}
@@ -64,14 +63,27 @@ def standing(folder: Path, *, metric: str | None) -> Standing:
         epochs=_epochs(folder),
         loss=last.get("train/loss"),
         metric=next(((name, last[name]) for name in wanted if name in last), None),
-        heard=heard,
     )
 
 
+def last_row_at(folder: Path) -> float:
+    """time.time() of the last row of its journal; 0 where it has none."""
+    try:
+        return (folder / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def _epochs(folder: Path) -> float | None:
+    path = folder / "config.yaml"
     with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["train"]["epochs"]
+        return _epochs_in(path, path.stat().st_mtime_ns)
     return None
+
+
+@lru_cache(maxsize=1024)  # it is asked every second, and reading YAML takes time from the jobs
+def _epochs_in(config: Path, written: int) -> float | None:
+    return yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["epochs"]
 
 
 def of_summary(folder: Path, *, metric: str | None) -> tuple[str, float] | None:
