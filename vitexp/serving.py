@@ -187,8 +187,7 @@ def log_model(client: Any, run: Any, files: Iterable[Path], *, register: str | N
 
     files, run_id, experiment = list(files), run.info.run_id, run.info.experiment_id
     described = _read(next(file for file in files if file.suffix == ".json"))
-    before = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{MODEL}'")
-    model = next((one for one in before if one.status == LoggedModelStatus.PENDING), None)
+    model = next((one for one in _models(client, run) if one.status == LoggedModelStatus.PENDING), None)
     if model is None:
         model = client.create_logged_model(experiment, MODEL, run_id, model_type="classifier")
     for file in files:
@@ -212,14 +211,17 @@ def model_of(client: Any, run: Any) -> dict[str, str]:
     """The exported files in the run's newest model by name, each with where it lies; none where it has no model."""
     from mlflow.entities import LoggedModelStatus
 
-    wanted = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
-    found = client.search_logged_models([run.info.experiment_id], wanted)
-    whole = [one for one in found if one.status == LoggedModelStatus.READY]
+    whole = [one for one in _models(client, run) if one.status == LoggedModelStatus.READY]
     if not whole:
         return {}
     newest = max(whole, key=lambda one: one.creation_timestamp)
     files = client.list_logged_model_artifacts(newest.model_id)
     return {file.path: f"{newest.artifact_location}/{file.path}" for file in files if file.path not in FILES}
+
+
+def _models(client: Any, run: Any) -> list[Any]:
+    wanted = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
+    return client.search_logged_models([run.info.experiment_id], wanted)
 
 
 def download(address: str, folder: str, *, store: str) -> str:

@@ -31,15 +31,17 @@ RUN = ["data=fake", "data.num_train=64", "data.num_val=16", "model=vit_debug", "
 SBATCH = """#!/bin/bash
 number=$(( $(cat $PLACE/number) + 1 )); echo $number > $PLACE/number
 cp "$1" $PLACE/script-$number.sh; echo PENDING > $PLACE/state-$number
-if [ -n "$REALLY" ]; then
-  export SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
-  export SLURM_JOB_NODELIST=here
-  setsid bash -c "echo RUNNING > $PLACE/state-$number
-    bash $1 && echo COMPLETED > $PLACE/state-$number || echo FAILED > $PLACE/state-$number" \\
-    > /dev/null 2>&1 < /dev/null &
-  echo $! > $PLACE/group-$number
-fi
+if [ -n "$REALLY" ]; then begin $number; fi
 echo "Submitted batch job $number"
+"""
+# No program of Slurm's: a machine has come free for a job that waits.
+BEGIN = """#!/bin/bash
+export SLURM_JOB_ID=$1 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+export SLURM_JOB_NODELIST=here
+setsid bash -c "echo RUNNING > $PLACE/state-$1
+  bash $PLACE/script-$1.sh && echo COMPLETED > $PLACE/state-$1 || echo FAILED > $PLACE/state-$1" \\
+  > /dev/null 2>&1 < /dev/null &
+echo $! > $PLACE/group-$1
 """
 SACCT = """#!/bin/bash
 echo "JobID|State|NodeList"
@@ -64,7 +66,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cluster of this machine; the folder has its scripts and the state of each job."""
     place = tmp_path / "cluster"
     place.mkdir()
-    for name, text in (("sbatch", SBATCH), ("sacct", SACCT), ("srun", SRUN), ("scancel", SCANCEL)):
+    for name, text in (("begin", BEGIN), ("sbatch", SBATCH), ("sacct", SACCT), ("srun", SRUN), ("scancel", SCANCEL)):
         (place / name).write_text(text)
         (place / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
@@ -240,16 +242,10 @@ def test_a_job_preempted_by_sigterm_is_waited_for_until_slurm_runs_it_again(
     until(lambda: job.poll() is not None or time.monotonic() > patience)
     assert job.poll() is None, "taken as stopped for good"
     assert begun(tmp_path, Slurm(1, gpus=0), overrides=overrides)._job.job_id == number, "submitted a second time"
-    state.write_text("RUNNING")
-    again = subprocess.Popen(
-        ["bash", slurm / f"script-{number}.sh"], start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, "SLURM_JOB_ID": number, "SLURM_NTASKS": "1",
-                                        "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0",
-                                        "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "here"},
-    )  # fmt: skip
+    subprocess.run([slurm / "begin", number], check=True)
     until(lambda: journal.stat().st_size > size)
-    os.killpg(again.pid, signal.SIGTERM)
-    again.wait(60)
+    os.killpg(int((slurm / f"group-{number}").read_text()), signal.SIGTERM)
+    until(lambda: console.read_text().count("stopped by SIGTERM") == 2)
     state.write_text("CANCELLED by 1000")
     monkeypatch.setattr(module, "RESULT_S", 0.0)
     found: list[object] = []
@@ -266,14 +262,12 @@ def test_jobs_outlive_the_launcher_and_are_stopped_with_it(slurm: Path, tmp_path
         "schedule=constant",
     )  # fmt: skip
 
+    def written() -> int:
+        return sum(path.stat().st_size for path in folder.glob("*/metrics.jsonl"))
+
     def journal_grows(beyond: int) -> int:
-        until = time.monotonic() + 150
-        while time.monotonic() < until:
-            size = sum(path.stat().st_size for path in folder.glob("*/metrics.jsonl"))
-            if size > beyond:
-                return size
-            time.sleep(0.1)
-        raise AssertionError("waited in vain")
+        until(lambda: written() > beyond)
+        return written()
 
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as first:
         size = journal_grows(0)

@@ -41,11 +41,8 @@ QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETR
 def main(arguments: list[str], config_dir: str | None) -> int:
     """Serves until a signal comes; 0 after Ctrl-C. Raises UserError: no store, port taken, server does not start."""
     given = words_given(arguments, KEYS, command="ui")
-    host, port, browser = (
-        given.get("host", "127.0.0.1"),
-        _port(given.get("port")),
-        truth("open", given.get("open"), why="true opens a browser"),
-    )
+    host, port = given.get("host", "127.0.0.1"), _port(given.get("port"))
+    browser = bool(truth("open", given.get("open"), why="true opens a browser"))
     store = resolve_uri(given.get("uri") or store_of_training(), OUTPUTS)
     is_server = store.startswith(("http://", "https://"))
     if not is_server:
@@ -53,13 +50,13 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     experiment = newest_experiment(root=OUTPUTS, uri=store)
     page = RUNS.format(experiment[0]) if experiment else ""
     if is_server:
-        _tell(store, without_password(store).rstrip("/") + page, experiment, browser=bool(browser))
+        _tell(store, without_password(store).rstrip("/") + page, experiment, browser=browser)
         return 0
     asked: list[int] = []
     with _heeding(asked), tempfile.TemporaryFile() as said, server(store, host, port, said) as process:
         address = f"http://{_shown(host)}:{port}"
         if answers(address, process, asked, said):
-            _tell(store, address + page, experiment, browser=bool(browser))
+            _tell(store, address + page, experiment, browser=browser)
             print("            Ctrl-C ends it", flush=True)
         while not asked and process.poll() is None:
             time.sleep(POLL_S)

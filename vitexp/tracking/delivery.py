@@ -17,7 +17,6 @@ from vitexp.tracking.stores import one_line, resolve_uri, without_password
 
 _log = logging.getLogger("vitexp.tracking")
 
-
 # What `sync` sends of a run that was killed before it could name its files itself.
 USUAL_ARTIFACTS = (
     "config.yaml", "config.interpolated.yaml", "summary.json", "model.json", "model.safetensors", "plots",
