@@ -20,7 +20,7 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ PICTURE_BYTES = 200_000
 TALL = 2000  # pixels of a page, more than any picture here shows
 SHARP = 1.5  # pixels of a picture for one of the page
 REST_MS = 2000  # until a plot has come to rest
+CLICKS, CLICK_MS = 6, 20_000  # until a click counts as lost
 # The assistant's panel covers a third of every page until it is closed.
 NO_ASSISTANT = """
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
@@ -158,6 +159,26 @@ def param_of(key: str, run: Mapping[str, Any]) -> str:
     return key if any(one["key"] == key for one in run["data"]["params"]) else f"choices.{key}"
 
 
+def click(target: Any, until: Callable[[int], Any]) -> None:
+    """Clicks until it shows: a click while MLflow moves its parts about can be lost. `until` waits so many ms."""
+    from playwright.sync_api import TimeoutError as TimedOut
+
+    for left in reversed(range(CLICKS)):
+        target.click()
+        try:
+            until(CLICK_MS)
+            return
+        except TimedOut:
+            if not left:
+                raise
+
+
+def follow_metric(page: Any, metric: str) -> None:
+    """From the compare page to the page of one metric, by its link."""
+    link = page.get_by_role("link", name=metric, exact=True)
+    click(link, until=lambda ms: page.wait_for_url("**/#/metric?**", timeout=ms))
+
+
 def choose(page: Any, place: int, wanted: Sequence[str]) -> None:
     """Leaves in the compare page's list (0: params, 1: metrics) of what the plot shows these alone."""
     chosen = page.locator(".du-bois-light-select").nth(place)
@@ -168,8 +189,9 @@ def choose(page: Any, place: int, wanted: Sequence[str]) -> None:
     left = chosen.locator("[class$=selection-item]").all_inner_texts()
     for name in wanted:
         if name not in left:
-            chosen.click()
-            _scrolled_to(page.locator("[class*=select-dropdown]:visible"), name).click()
+            options = page.locator("[class*=select-dropdown]:visible")
+            click(chosen, until=lambda ms, options=options: options.wait_for(timeout=ms))
+            _scrolled_to(options, name).click()
             page.keyboard.press("Escape")
 
 
@@ -220,8 +242,7 @@ def take_compare(page: Any, ledger: Ledger, runs: Sequence[Mapping[str, Any]], m
 
 def take_curves(page: Any, metric: str, path: Path) -> Path:
     """The page that the compare page's own link leads to."""
-    page.get_by_role("link", name=metric, exact=True).click()
-    page.wait_for_url("**/#/metric?**")
+    follow_metric(page, metric)
     page.wait_for_selector(CHART)
     page.wait_for_timeout(REST_MS)
     end = page.get_by_role("heading", name=metric).last.bounding_box()["y"]

@@ -17,6 +17,7 @@ from tests.data.pictures import library, write_folder
 from tools.screenshots import (
     CHART,
     compare_link,
+    follow_metric,
     ledger_of,
     mlflow_server,
     runs_link,
@@ -89,8 +90,7 @@ def test_mlflows_compare_page_shows_what_differs_and_leads_to_the_curves(page: A
     page.wait_for_selector(CHART)
     assert sorted(row_of(page, "optim.lr")) == sorted(RATES * 2)
     assert sorted(row_of(page, "seed")) == sorted(SEEDS * 2)
-    page.get_by_role("link", name="val/top1", exact=True).click()
-    page.wait_for_url("**/#/metric?**")
+    follow_metric(page, "val/top1")
     wait_for_curves(page, 4)
 
 
