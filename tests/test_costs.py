@@ -75,10 +75,11 @@ def test_state_counts_gradients_and_slots_of_trained_weights_only():
     assert memory.total == 4 * 110 + 4 * 10 + 8 * 10
 
 
-def test_the_averages_copy_holds_parameters_but_no_buffers():
+def test_the_averages_copy_holds_all_weights_and_statistics():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.BatchNorm1d(10))
     model[0].requires_grad_(False)
-    assert state_bytes(model, optimizer_slots=0, averaged=True).average == 4 * (100 + 20)
+    held = state_bytes(model, optimizer_slots=0, averaged=True)
+    assert held.average == held.weights == 4 * (100 + 20 + 20) + 8
     assert state_bytes(model, optimizer_slots=0).average == 0
 
 

@@ -55,7 +55,7 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
-    average: int = 0  # the EMA's copy of the parameters
+    average: int = 0  # the EMA's copy of the weights
     teacher: int = 0  # weights of a model beside it that only answers
 
     @property
@@ -69,7 +69,7 @@ def state_bytes(
     """Bytes of weights, gradients and optimizer state; activations come on top and depend on the batch.
 
     optimizer_slots: tensors the optimizer keeps for every weight, 2 for Adam and AdamW, 1 for SGD with momentum,
-    0 without. Frozen parameters have neither gradient nor slot. averaged: an EMA keeps a copy of every parameter."""
+    0 without. Frozen parameters have neither gradient nor slot. averaged: an EMA keeps a copy of all weights."""
 
     def size(tensors: Sequence[nn.Parameter]) -> int:
         return FLOAT32_BYTES * sum(tensor.numel() for tensor in tensors)
@@ -84,7 +84,7 @@ def state_bytes(
         weights=weights(model),
         gradients=size(trained),
         optimizer=optimizer_slots * size(trained),
-        average=size(parameters) if averaged else 0,
+        average=weights(model) if averaged else 0,
         teacher=0 if teacher is None else weights(teacher),
     )
 
@@ -105,8 +105,8 @@ class DiskBytes:
 
 
 def checkpoint_bytes(held: StateBytes) -> int:
-    """Bytes of a checkpoint: weights, what the optimizer keeps, and the average, under all of the weights' names."""
-    return held.weights + held.optimizer + (held.weights if held.average else 0)
+    """Bytes of a checkpoint: weights, what the optimizer keeps, and the average."""
+    return held.weights + held.optimizer + held.average
 
 
 def disk_needed(runs: Sequence[DiskBytes], *, at_a_time: int) -> int:
