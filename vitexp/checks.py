@@ -280,6 +280,14 @@ def check_teacher(config: dict[str, Any]) -> None:
         raise UserError("method=distillation: needs method.teacher=<run folder, weights it exported, or timm:<name>>")
 
 
+def check_fields(values: dict[str, Any], kind: type, prefix: str) -> None:
+    """Raises UserError for a value that the field of a dataclass does not take. prefix: "train." of its keys."""
+    _, annotations, _ = signature_of(f"{kind.__module__}.{kind.__name__}", prefix)
+    for name, value in values.items():
+        if name in annotations and not _accepts(annotations[name], value):
+            raise UserError(f"{prefix}{name}={show(value)}: expected {_describe(annotations[name])}")
+
+
 def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
     """Raises UserError for a `_target_` that is not allowed or missing, and for arguments it does not take.
 

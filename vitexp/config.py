@@ -46,7 +46,7 @@ class TrainConfig:
     epochs: float | None = None
     max_steps: int | None = None
     fraction: float = 1.0
-    classes: list[str] | None = None
+    classes: list[str | int] | None = None
     token_labels: str | None = None
     repeats: int = 1
     batch_size: int = 64
@@ -383,6 +383,9 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
                 near = nearest(key, allowed)
                 raise UserError(f"{group}.{key}: no such key.{near}\n{group} has: {', '.join(allowed)}")
     checks.check_values(resolved, defaults)
+    checks.check_fields(resolved, RunConfig, "")
+    for group, kind in TYPED.items():
+        checks.check_fields(resolved[group], kind, f"{group}.")
     checks.check_model_shape(resolved["model"])
     checks.check_components(resolved, raw)
     checks.check_token_labels(resolved)

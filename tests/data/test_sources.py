@@ -409,7 +409,8 @@ def test_some_classes_alone_are_numbered_anew_in_both_splits():
         assert len(kept) == int(np.isin(of.labels, [2, 7]).sum())
         where = list(of.names).index(kept.names[5])
         np.testing.assert_array_equal(kept.read(5), of.read(where))
+    assert keep_classes(whole, [7, 2]).classes == ["7", "2"]  # as the command line reads train.classes=[7,2]
     with pytest.raises(UserError, match="no class '77'"):
-        keep_classes(whole, ["7", "77"])
+        keep_classes(whole, ["7", 77])
     with pytest.raises(UserError, match="two classes"):
         keep_classes(whole, ["7"])

@@ -236,18 +236,21 @@ def keep_few(source: Source, count: int) -> Source:
     return replace(source, train=Subset(source.train, kept), notices=(*source.notices, note))
 
 
-def keep_classes(source: Source, classes: Sequence[str]) -> Source:
-    """The source with the pictures of these classes alone, in both splits, numbered in the order given."""
-    for name in classes:
+def keep_classes(source: Source, classes: Sequence[str | int]) -> Source:
+    """The source with the pictures of these classes alone, in both splits, numbered in the order given.
+
+    A class whose name is a number, as a digit's, may be given as one."""
+    names = [str(name) for name in classes]
+    for name in names:
         if name not in source.classes:
             raise UserError(
                 f"train.classes: data={source.name} has no class {name!r}.{nearest(name, source.classes)}\n"
                 f"classes: {listed(source.classes, limit=20)}"
             )
-    if len(set(classes)) < max(len(classes), 2):
-        raise UserError(f"train.classes={list(classes)}: needs two classes or more, each once")
+    if len(set(names)) < max(len(names), 2):
+        raise UserError(f"train.classes={names}: needs two classes or more, each once")
     number = np.full(len(source.classes), -1, np.int64)
-    number[[source.classes.index(name) for name in classes]] = np.arange(len(classes))
+    number[[source.classes.index(name) for name in names]] = np.arange(len(names))
 
     def of_these(images: Images) -> Subset:
         kept = Subset(images, np.flatnonzero((images.labels >= 0) & (number[images.labels] >= 0)))
@@ -255,7 +258,7 @@ def keep_classes(source: Source, classes: Sequence[str]) -> Source:
         return kept
 
     val = None if source.val is None else of_these(source.val)
-    return replace(source, train=of_these(source.train), val=val, classes=list(classes))
+    return replace(source, train=of_these(source.train), val=val, classes=names)
 
 
 def check_channels(channels: int) -> None:
