@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from vitexp import checkpoint
+from vitexp import checkpoint, journal
 from vitexp.averaging import backbone_weights, mean_of_last, moving_average
+from vitexp.config import compose_and_check
 from vitexp.errors import UserError
+from vitexp.train import train
+from vitexp.trained import load_run
 
 
 def save(folder, step: int, *, ema=None) -> dict[str, torch.Tensor]:
@@ -79,3 +82,48 @@ def test_a_backbone_is_found_whatever_its_method_calls_it():
     assert all(found[name].equal(tensor) for name, tensor in backbone.state_dict().items())
     with pytest.raises(UserError, match="another model"):
         backbone_weights(others, backbone.state_dict())
+
+
+RUN = [
+    "model=vit_debug", "data=fake", "data.num_train=64", "data.num_val=20", "data.num_classes=6", "train.batch_size=16",
+    "train.max_steps=6", "train.save_every=1", "train.eval_every=1", "train.keep=0", "train.ema_decay=0.6",
+    "train.ema_warmup=false", "optim.lr=0.02", "schedule=constant", "tracking=none",
+]  # fmt: skip
+
+
+def test_a_run_keeps_its_weights_and_their_average_each_at_its_best(workdir):
+    summary = train(compose_and_check([*RUN, "output_dir=run"]))
+    rows = journal.read(workdir / "run" / "metrics.jsonl")
+    for split, key, part, file in (
+        ("val", "best/step", "model", "model_best"),
+        ("val_ema", "best/val_ema/step", "ema", "model_ema"),
+    ):
+        scores = {row["step"]: row[f"{split}/top1"] for row in rows if f"{split}/top1" in row}
+        assert list(scores) == [1, 2, 3, 4, 5, 6]
+        best = max(scores, key=scores.__getitem__)  # the first of those alike
+        assert (summary[key], summary[f"best/{split}/top1"]) == (best, scores[best])
+        kept = load_run("run", weights=f"{file}.safetensors")
+        assert kept.metrics[f"{split}/top1"] == scores[best]
+        saved = checkpoint.load(checkpoint.open_checkpoint(workdir / "run" / "checkpoints" / f"step_{best:08d}"))
+        expected = backbone_weights(saved[part], kept.model.state_dict())
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.model.state_dict().items()), file
+
+
+def test_an_average_that_nothing_judged_is_kept_as_it_was_at_the_end(workdir):
+    train(compose_and_check([*RUN, "evaluators=none", "output_dir=run"]))
+    kept = load_run("run", weights="model_ema.safetensors").model.state_dict()
+    expected = backbone_weights(moving_average(workdir / "run" / "checkpoints").state, kept)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.items())
+    own = load_run("run").model.state_dict()
+    assert not torch.equal(own["head.weight"], kept["head.weight"])
+
+
+def test_an_average_without_warm_up_starts_with_the_first_weights_share(workdir):
+    """ModelEmaV2's constant decay: the start counts with decay to the power of the updates made."""
+    for warmup in ("true", "false"):
+        train(compose_and_check([*RUN, "train.max_steps=1", f"train.ema_warmup={warmup}", f"output_dir=run_{warmup}"]))
+    found = (checkpoint.latest(workdir / name / "checkpoints") for name in ("run_true", "run_false"))
+    warm, cold = (checkpoint.load(one) for one in found if one is not None)
+    name = next(name for name in warm["model"] if name.endswith("blocks.0.mlp.fc1.weight"))
+    assert torch.equal(warm["ema"][name], warm["model"][name])
+    assert not torch.allclose(cold["ema"][name], cold["model"][name], rtol=0, atol=1e-4)

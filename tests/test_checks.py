@@ -43,6 +43,7 @@ BAD = {
     "init_from=7": ("init_from=7", "expected text or null"),
     "output_dir=true": ("output_dir=true", "expected text"),
     "train.classes=cat": ("train.classes=cat", "a list of text or a whole number or null"),
+    "train.ema_warmup=soon": ("train.ema_warmup=soon", "true or false"),
     "init_from=/no/such/file": ("init_from=/no/such/file", "no such file"),
     "data=folder": ("data.root", "no value"),
     "data=folder data.root=/no/such/folder": ("data.root=/no/such/folder", "no such file or folder"),

@@ -1041,6 +1041,7 @@ def test_batch_clip_and_length_are_the_recipes(name: str, config: RunConfig) -> 
     assert config.stage.head == (recipe.head or ("auto" if recipe.stage == "pretrain" else "fresh"))
     assert (config.stage.head_init, config.stage.train_blocks) == (recipe.head_init, recipe.train_blocks)
     assert (config.train.ema_decay, config.train.repeats) == (recipe.ema, recipe.repeats)
+    assert config.train.ema_warmup == (recipe.ema is None), "the published averages have a constant decay"
 
 
 @each_recipe

@@ -58,6 +58,7 @@ class TrainConfig:
     log_every: int = 10
     workers: int | None = None
     ema_decay: float | None = None
+    ema_warmup: bool = True
     log_weights: bool = True
     overfit: int | None = None
 

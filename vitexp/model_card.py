@@ -23,10 +23,10 @@ PLACES = ("output_dir", "group", "pipeline")  # of one run among others, and no 
 # Of the resolved settings, those that a reader asks for first; what a run does not have is left out.
 KEY_SETTINGS = (
     "stage.name", "train.epochs", "train.max_steps", "train.batch_size", "train.accumulate", "train.fraction",
-    "train.repeats", "train.clip_norm", "train.ema_decay", "optim.name", "optim.lr", "optim.base_lr",
-    "optim.reference_batch", "optim.weight_decay", "optim.layer_decay", "schedule._target_", "schedule.warmup_epochs",
-    "schedule.min_lr", "model.drop_path", "model.dropout", "augment.name", "method._target_", "method.teacher",
-    "method.label_smoothing", "init_from", "seed",
+    "train.repeats", "train.clip_norm", "train.ema_decay", "train.ema_warmup", "optim.name", "optim.lr",
+    "optim.base_lr", "optim.reference_batch", "optim.weight_decay", "optim.layer_decay", "schedule._target_",
+    "schedule.warmup_epochs", "schedule.min_lr", "model.drop_path", "model.dropout", "augment.name", "method._target_",
+    "method.teacher", "method.label_smoothing", "init_from", "seed",
 )  # fmt: skip
 SUMMARY_FACTS = ("step", "epoch", "lr", "global_batch", "precision", "device", "processes")
 PLAIN = re.compile(r"[A-Za-z_./:-][A-Za-z0-9_./:-]*")

@@ -27,7 +27,7 @@ from vitexp.data.loader import train_batches
 from vitexp.data.sampler import Position
 from vitexp.errors import UserError
 from vitexp.evaluators.token_labels import labelled_pictures
-from vitexp.export import export_model, export_part
+from vitexp.export import description_of, export_model, export_part
 from vitexp.horizon import Horizon
 from vitexp.methods.token_labeling import TokenLabeling
 from vitexp.progress import Display
@@ -40,6 +40,8 @@ from vitexp.types import Progress
 log = logging.getLogger("vitexp")
 
 OUTPUTS = Path("outputs")  # MLflow's default database lies here, so that all runs started from one place compare
+BEST_WEIGHTS = "model_best.safetensors"
+AVERAGED_WEIGHTS = "model_ema.safetensors"  # where train.ema_decay keeps an average: at its best, or the last one
 RESTORED = "val/reconstruction_"  # arrays of vitexp.evaluators.reconstruction
 PICTURES_EVERY_S = 60.0
 INPUTS_SHOWN, ATTENDED = 24, 5  # pictures in inputs.png and in attention.png
@@ -225,6 +227,9 @@ class Books(NoBooks):
     def finish(self, state: State) -> dict[str, Any]:
         """Leaves the weights, summary.json and curves, and hands everything to MLflow. Returns the summary."""
         self.export(self.last_metrics, filename="model.safetensors")
+        if state.ema is not None and not (self.folder / AVERAGED_WEIGHTS).exists():  # nothing told a best one
+            with state.ema.swapped_in():
+                self.export({}, filename=AVERAGED_WEIGHTS)
         for name, part in self.run.method.parts.items():
             export_part(self.folder, name, part.state_dict())
         rows = journal.read(self.journal.path)
@@ -254,8 +259,10 @@ class Books(NoBooks):
             draw_token_labels(self.run, self.folder / "plots", epoch=rows[-1]["epoch"] if rows else 0.0)
         left = [CONFIG_NAME, RAW_NAME, "summary.json", "plots"]
         if self.run.config.train.log_weights:
-            best = "model_best" if (self.folder / "model_best.safetensors").exists() else "model"
-            left += [f"{best}.safetensors", f"{best}.json"]
+            judged = {"best/val/top1": BEST_WEIGHTS, "best/val_ema/top1": AVERAGED_WEIGHTS}
+            found = {file: state.best[score] for score, file in judged.items() if score in state.best}
+            best = max(found, key=found.__getitem__, default="model.safetensors")
+            left += [best, description_of(Path(best)).name]
         self.mirror.artifacts(left)
         self.display.close()
         farewell(self.folder, summary, self.mirror.ui_line)

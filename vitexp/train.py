@@ -36,6 +36,8 @@ from vitexp.types import Batch
 
 log = logging.getLogger("vitexp")
 
+EMA_WARMUP_POWER = 2 / 3  # of train.ema_warmup: timm's
+
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Starts, or goes on with, the run that the settings describe, and returns what its summary.json holds.
@@ -155,7 +157,8 @@ def fit(
     )
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     clipped = run.method.clipped()
-    ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=2 / 3)
+    power = EMA_WARMUP_POWER if settings.ema_warmup else 0.0
+    ema = None if settings.ema_decay is None else Ema(run.method, decay=settings.ema_decay, warmup_power=power)
     data = {key: torch.from_numpy(digest) for key, digest in run.digests().items()} if first else {}
     state = State(run.method, optimizer, ema, accelerator.scaler, data=data, evaluated=config.stage.trains)
 
@@ -326,16 +329,29 @@ def evaluate(
     with books.pause():
         how = {"accelerator": accelerator, "stop": stop, "tell": books.evaluating}
         metrics, arrays = measure(run, "val", **how)
+        keep_best(state, books, metrics, prefix="val", filename=reports.BEST_WEIGHTS)
         if state.ema is not None:
             with state.ema.swapped_in():
-                metrics |= measure(run, "val_ema", **how)[0]
+                averaged, _ = measure(run, "val_ema", **how)
+                keep_best(state, books, averaged, prefix="val_ema", filename=reports.AVERAGED_WEIGHTS)
+            metrics |= averaged
         run.method.train()
         state.evaluated = True
         if metrics:
-            if metrics.get("val/top1", -1.0) > state.best.get("best/val/top1", -1.0):
-                state.best = {"best/step": state.step, **{f"best/{name}": value for name, value in metrics.items()}}
-                books.export(metrics, filename="model_best.safetensors")
             books.evaluated(horizon.progress(state.step), metrics, arrays)
+
+
+def keep_best(
+    state: State, books: reports.Books | reports.NoBooks, metrics: dict[str, float], *, prefix: str, filename: str
+) -> None:
+    """Exports the weights that the model has where their accuracy is the best so far, and notes what was found of them.
+
+    The weights and their average each have a best of their own: `best/val/top1` and `best/val_ema/top1`."""
+    judge = f"{prefix}/top1"
+    if metrics.get(judge, -1.0) > state.best.get(f"best/{judge}", -1.0):
+        step = "best/step" if prefix == "val" else f"best/{prefix}/step"
+        state.best |= {step: state.step, **{f"best/{name}": value for name, value in metrics.items()}}
+        books.export(metrics, filename=filename)
 
 
 def measure(

@@ -276,14 +276,15 @@ def disk_of(planned: Planned, held: StateBytes) -> DiskBytes:
     exported = state_bytes(planned.method.backbone, optimizer_slots=0).weights
     parts = sum(state_bytes(part, optimizer_slots=0).weights for part in planned.method.parts.values())
     # The last ones, and the best where the run finds out which those are.
-    files = 2 if any(evaluator.reads_logits for evaluator in planned.evaluators) else 1
+    best = any(evaluator.reads_logits for evaluator in planned.evaluators)
+    averages = settings.ema_decay is not None
     saves = -(-updates // (settings.save_every or planned.horizon.updates_per_epoch))
     uri = config.tracking.get("uri", "none")
     beside = uri is None or uri.startswith("sqlite:")  # MLflow's files lie beside its database then
     return DiskBytes(
         checkpoint=checkpoint_bytes(held),
         checkpoints=min(saves, settings.keep or saves),
-        weights=files * exported + parts,
+        weights=(1 + best + averages) * exported + parts,
         logged=exported if settings.log_weights and beside else 0,
     )
 

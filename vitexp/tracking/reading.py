@@ -42,8 +42,8 @@ def fetch(
             raise UserError(f"{what}: MLflow at {shown} has no such run; give uri= if it is in another")
         model = serving.model_of(client, run)
         there = {entry.path for entry in client.list_artifacts(run_id)} | model.keys()
-        best = "model_best.safetensors" if "model_best.safetensors" in there else "model.safetensors"
-        weights = best if weights is None else weights
+        logged = ("model_best.safetensors", "model_ema.safetensors")  # the better one of a run that has both
+        weights = next((name for name in logged if name in there), "model.safetensors") if weights is None else weights
         for name in (weights, str(Path(weights).with_suffix(".json")), *needed):
             if name not in there:
                 has = ", ".join(sorted(there)) or "no artifacts"
