@@ -5,7 +5,7 @@ Letters used in tensor comments: b batch, n tokens, d width, c channels, h w pic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -71,7 +71,22 @@ class Method(nn.Module):
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
+        for module in self._between_frozen() if mode else ():
+            module.eval()
         return self
+
+    def _between_frozen(self) -> Iterator[nn.Module]:
+        """What has no parameters, nothing trainable before it and something frozen after it, as pos_drop in a probe."""
+        waiting: list[nn.Module] = []
+        for module in self.modules():
+            own = list(module.parameters(recurse=False))
+            if any(parameter.requires_grad for parameter in own):
+                return
+            if own:
+                yield from waiting
+                waiting = []
+            elif not any(True for _ in module.parameters()):
+                waiting.append(module)
 
     def logits(self, images: Tensor) -> Tensor:
         """(b, k) what the classifier being learned says of pictures; UserError where the method learns none."""

@@ -120,3 +120,30 @@ def test_what_cannot_be_frozen_is_said(model: nn.Module, blocks: int, fresh: tup
         freeze(model, blocks, fresh=fresh)
     assert all(word in str(error.value) for word in words)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dropping"),
+    [
+        ("all", {"pos_drop", "blocks.0", "blocks.1", "blocks.2"}),
+        (3, {"pos_drop", "blocks.0", "blocks.1", "blocks.2"}),  # what the first block that trains is given
+        (1, {"blocks.2"}),
+        (0, set()),
+    ],
+)
+def test_what_is_frozen_drops_nothing(blocks: int | str, dropping: set[str]) -> None:
+    model = _vit(dropout=0.5)
+    freeze(model, blocks)
+    method = Supervised(model).train()
+    found = {name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.training}
+    assert {".".join(name.split(".")[: 2 if "block" in name else 1]) for name in found} == dropping
+    method.eval()
+    assert not any(module.training for module in method.modules())
+
+
+def test_a_probes_own_dropout_stays_on() -> None:
+    model = TimmBackbone("vit_tiny_patch16_224", image_size=32, num_classes=5, options={"depth": 2, "drop_rate": 0.5})
+    freeze(model, 0)
+    Supervised(model).train()
+    assert model.timm_model.head_drop.training
+    assert not model.timm_model.blocks.training
