@@ -107,3 +107,22 @@ def test_a_mistake_is_named_with_what_is_allowed(override: str, word: str) -> No
         compose_and_check([override])
     assert override in str(error.value)
     assert word in str(error.value)
+
+
+def test_pictures_that_are_no_squares_are_asked_for_on_the_command_line(workdir: Path) -> None:
+    wide = [*TINY, "model.image_size=[16,32]", "model.patch_size=[8,4]", "train.max_steps=2"]
+    for name, more in {
+        "pretrained": ["method=mae", "evaluators=mae"],
+        "tuned": ["stage=finetune", "stage.head_init=timm", "init_from=pretrained"],
+        "taller": ["stage=finetune", "init_from=pretrained", "model.image_size=[32,32]"],
+    }.items():
+        weights = _run(name, *wide, *more)
+        assert weights["pos_embed"].shape[1] == (33 if name == "taller" else 17)
+        assert weights["patch_embed.proj.weight"].shape[2:] == (8, 4)
+
+
+def test_one_class_alone_is_nothing_to_classify_but_enough_for_an_autoencoder(workdir: Path) -> None:
+    one = [*TINY, "data.num_classes=1", "train.max_steps=1"]
+    with pytest.raises(UserError, match=r"one class, 'class_0', and a classifier needs two"):
+        build_run(compose_and_check(one))
+    assert _run("run", *one, "method=mae", "evaluators=mae")

@@ -48,6 +48,7 @@ def test_a_glob_takes_the_options_that_match() -> None:
     assert found == ["vit_base_8", "vit_small_8"]
     for wrong, said in (
         ("model=glob(nothing*)", "no option of model matches"),
+        ("seed=range(5,1)", "holds no value to try"),
         ("optim.lr=glob(1*)", "glob chooses options of a group"),
         ("optim.lr=interval(0,1)", "has no steps"),
     ):

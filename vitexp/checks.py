@@ -164,8 +164,14 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
         if key in CHOICES and value not in CHOICES[key]:
             words = [show(choice) for choice in CHOICES[key]]
             raise UserError(f"{key}={show(value)}: expected one of {', '.join(words)}.{nearest(show(value), words)}")
-        if key not in RANGES and key not in CHOICES:
+        # A component of our own tells the kinds of its arguments, of which its default is one: check_components.
+        told = str(_select(config, f"{key.rpartition('.')[0]}._target_")).startswith("vitexp.")
+        if key not in RANGES and key not in CHOICES and not told:
             _check_kind(key, value, usual.get(key))
+    betas, two = _select(config, "optim.betas"), usual.get("optim.betas")
+    fits = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas or ())
+    if betas is not None and two is not None and not (fits and len(betas) == len(two)):
+        raise UserError(f"optim.betas={betas}: expected {len(two)} numbers from 0 to below 1, such as {two}")
     rules = _select(config, "optim.no_decay")
     if isinstance(rules, str) and rules not in NO_DECAY_SETS:
         sets = ", ".join(NO_DECAY_SETS)

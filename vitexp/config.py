@@ -190,7 +190,9 @@ def search_space(overrides: Iterable[str], config_dir: str | None = None) -> lis
             found.append(_interval(text, key, swept))
         elif override.is_discrete_sweep():
             values = tuple(override.sweep_string_iterator())
-            if isinstance(swept, RangeSweep) and not swept.shuffle and values and swept.step > 0:
+            if not values:
+                raise UserError(f"{text}: holds no value to try; a range goes from its first number to below its last")
+            if isinstance(swept, RangeSweep) and not swept.shuffle and swept.step > 0:
                 numbers = [float(value) for value in values]
                 whole = all(isinstance(number, int) for number in (swept.start, swept.stop, swept.step))
                 found.append(Dimension(key, values, numbers[0], numbers[-1], float(swept.step), whole=whole))
@@ -387,8 +389,8 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
     checks.check_fields(resolved, RunConfig, "")
     for group, kind in TYPED.items():
         checks.check_fields(resolved[group], kind, f"{group}.")
-    checks.check_model_shape(resolved["model"])
     checks.check_components(resolved, raw)
+    checks.check_model_shape(resolved["model"])
     checks.check_token_labels(resolved)
     checks.check_teacher(resolved)
     if resolved["train"]["epochs"] is None and resolved["train"]["max_steps"] is None:

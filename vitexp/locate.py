@@ -27,6 +27,8 @@ def locate(run: str, *, uri: str | None = None, weights: str | None = None, need
     from vitexp import tracking
     from vitexp.reports import OUTPUTS
 
+    if not run:
+        raise UserError("run= has no value; give a run folder or mlflow:<run id>")
     run_id, place = tracking.run_id_of(run), Path(run).expanduser()
     if run_id is not None:
         store = uri or store_of_training()
@@ -86,6 +88,8 @@ def words_given(arguments: Sequence[str], keys: Sequence[str], *, command: str) 
         key = {"tracking.uri": "uri"}.get(key, key)
         if not equals or key not in keys:
             raise UserError(f"{command}: no such key {key!r}.{nearest(key, keys)} It takes {', '.join(keys)}")
+        if not value:
+            raise UserError(f"{command}: {key}= has no value")
         given[key] = value
     return given
 

@@ -136,6 +136,11 @@ def build_run(config: RunConfig, *, for_training: bool = True) -> Run:
             f"evaluators.{readers[0]}: method={config.choices.get('method')} trains no classifier to evaluate; "
             "evaluators=mae measures without, method.online_probe=true trains one beside it"
         )
+    if config.stage.trains and architecture["num_classes"] == len(source.classes) == 1:
+        raise UserError(
+            f"data={source.name}: all pictures are of one class, {source.classes[0]!r}, and a classifier needs two or "
+            "more; method=mae learns from pictures alone"
+        )
     if mix is not None and not architecture["num_classes"]:
         raise UserError("augment.batch mixes labels, and this method learns none: give augment.batch=null")
     stage, fresh = config.stage, ()
