@@ -7,6 +7,7 @@ named in a fraction of a second, before the heavy imports.
 from __future__ import annotations
 
 import ast
+import functools
 import glob
 import importlib
 import importlib.util
@@ -164,9 +165,7 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
         if key in CHOICES and value not in CHOICES[key]:
             words = [show(choice) for choice in CHOICES[key]]
             raise UserError(f"{key}={show(value)}: expected one of {', '.join(words)}.{nearest(show(value), words)}")
-        # A component of our own tells the kinds of its arguments, of which its default is one: check_components.
-        told = str(_select(config, f"{key.rpartition('.')[0]}._target_")).startswith("vitexp.")
-        if key not in RANGES and key not in CHOICES and not told:
+        if key not in RANGES and key not in CHOICES and not _has_signature(config, key):
             _check_kind(key, value, usual.get(key))
     betas, two = _select(config, "optim.betas"), usual.get("optim.betas")
     fits = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas or ())
@@ -189,6 +188,16 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
         elif isinstance(value, list):
             for one in value:
                 _check_path(key, one)
+
+
+def _has_signature(config: dict[str, Any], key: str) -> bool:
+    """Whether it is an argument of which a component of our own tells the kinds; its default is only one of them."""
+    place, _, name = key.rpartition(".")
+    target = _select(config, f"{place}._target_")
+    if not isinstance(target, str) or not target.startswith("vitexp."):
+        return False
+    annotation = signature_of(target, f"{place}._target_")[1].get(name)
+    return annotation is not None and _is_plain(annotation)
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
@@ -227,6 +236,9 @@ def _select(config: dict[str, Any], key: str) -> Any:
 def check_model_shape(model: dict[str, Any]) -> None:
     """The two divisions every ViT needs: the patch divides the picture, the heads divide the width."""
     image, patch = model.get("image_size"), model.get("patch_size")
+    for name, size in (("image_size", image), ("patch_size", patch)):
+        if isinstance(size, list) and len(size) != 2:
+            raise UserError(f"model.{name}={size}: expected one number or two, [height, width]")
     if image is not None and patch is not None:
         sizes, patches = (x if isinstance(x, list) else [x, x] for x in (image, patch))
         for size, side in zip(sizes, patches, strict=False):
@@ -298,6 +310,11 @@ def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
     """Raises UserError for a `_target_` that is not allowed or missing, and for arguments it does not take.
 
     raw is the same tree before interpolation: an error names the key a person set, not the one that refers to it."""
+    batch = _select(resolved, "augment.batch")
+    if batch is not None and not (isinstance(batch, dict) and "_target_" in batch):
+        raise UserError(
+            f"augment.batch={show(batch)}: expected a component with its _target_, or null; see augment=deit"
+        )
     nodes = list(_component_nodes(resolved, ""))
     for key, node in nodes:
         _check_allowed(f"{key}._target_", str(node["_target_"]))
@@ -365,6 +382,7 @@ def signature_of(target: str, key: str) -> tuple[list[str], dict[str, ast.expr],
     return [p.name for p in parameters if p.kind in keywords], {}, takes_any
 
 
+@functools.cache
 def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str], dict[str, ast.expr], bool]:
     """Read from the module's source: of a function, a class's __init__, or a dataclass's fields."""
     try:
@@ -397,14 +415,27 @@ def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str]
 
 
 class _Aliases(ast.NodeTransformer):
-    """Puts what `Pool = Literal["cls", "mean"]` stands for in the place of `Pool`."""
+    """Puts what `Pool = Literal["cls", "mean"]` stands for in the place of `Pool`, which may be imported."""
 
     def __init__(self, tree: ast.Module) -> None:
         plain = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Subscript | ast.BinOp)]
         self.meaning = {n.targets[0].id: n.value for n in plain if isinstance(n.targets[0], ast.Name)}
+        imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("vitexp.")]
+        self.origin = {alias.asname or alias.name: (str(n.module), alias.name) for n in imports for alias in n.names}
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in self.origin:
+            module_name, name = self.origin[node.id]
+            return _aliases_of(module_name).meaning.get(name, node)
         return self.meaning.get(node.id, node)
+
+
+@functools.cache
+def _aliases_of(module_name: str) -> _Aliases:
+    spec = importlib.util.find_spec(module_name)
+    assert spec is not None
+    assert spec.origin is not None
+    return _Aliases(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
 
 
 def _import(module_name: str, name: str, target: str, key: str) -> Any:
@@ -427,7 +458,7 @@ def _import(module_name: str, name: str, target: str, key: str) -> Any:
 
 def _accepts(annotation: ast.expr, value: Any) -> bool:
     """Whether a plain value fits an annotation; components and unknown annotations fit."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "_target_" in value:
         return True
     if isinstance(annotation, ast.BinOp):
         return _accepts(annotation.left, value) or _accepts(annotation.right, value)
@@ -455,6 +486,15 @@ def _accepts(annotation: ast.expr, value: Any) -> bool:
         case ast.Name(id="str"):
             return isinstance(value, str)
     return True
+
+
+def _is_plain(annotation: ast.expr) -> bool:
+    """Whether `_accepts` knows all that it says."""
+    if isinstance(annotation, ast.BinOp):
+        return _is_plain(annotation.left) and _is_plain(annotation.right)
+    if isinstance(annotation, ast.Subscript):
+        return ast.unparse(annotation.value).rsplit(".", 1)[-1] in ("Literal", "tuple", "list", "Sequence")
+    return isinstance(annotation, ast.Constant) or (isinstance(annotation, ast.Name) and annotation.id in WORDS)
 
 
 def _describe(annotation: ast.expr) -> str:

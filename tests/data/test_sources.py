@@ -399,6 +399,13 @@ def test_a_share_of_the_training_pictures_is_the_same_of_every_class_and_nested(
         keep_share(whole, 0)
 
 
+def test_made_up_pictures_have_sides():
+    assert fake(num_train=1, num_val=1, image_size=[4, 6]).train.read(0).shape == (4, 6, 3)
+    for wrong in ([], [4, 4, 4], 0, [4, -1]):
+        with pytest.raises(UserError, match=r"image_size=.*: expected one number or \[height, width\]"):
+            fake(image_size=wrong)
+
+
 def test_some_classes_alone_are_numbered_anew_in_both_splits():
     whole = digits()
     some = keep_classes(whole, ["7", "2"])

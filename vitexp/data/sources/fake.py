@@ -53,7 +53,10 @@ def fake(
         raise UserError(
             f"data=fake: num_train={num_train}, num_val={num_val}, num_classes={num_classes}: all at least 1"
         )
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"data.source.image_size={image_size}: expected one number or [height, width], all at least 1")
+    height, width = sides
     shape = {"num_classes": num_classes, "image_size": (height, width), "channels": channels, "seed": seed}
     return Source(
         "fake",
