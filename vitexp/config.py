@@ -252,12 +252,12 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
             continue
         if key not in known:
             level = key.rpartition(".")[0]
-            siblings = sorted(k for k in known if k.rpartition(".")[0] == level) or sorted(
-                k for k in known if "." not in k
-            )
+            while level and level not in known:
+                level = level.rpartition(".")[0]
+            siblings = sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == level)
+            there = f"has: {', '.join(siblings)}" if siblings else f"is empty, and takes a new key as +{key}=…"
             raise UserError(
-                f"{override.input_line}: no such key {key!r}.{nearest(key, known)}\n"
-                f"{level or 'top level'} has: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+                f"{override.input_line}: no such key {key!r}.{nearest(key, known)}\n{level or 'top level'} {there}"
             )
     # What each value was before a person's overrides tells its kind (text, number, list) to the checks.
     composed = _compose(overrides, config_dir)
