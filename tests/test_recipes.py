@@ -226,6 +226,7 @@ def _lvvit(
         "crop_fraction": 0.9,
         "policy": "rand-m9-mstd0.5-inc1",
         "mixed": (0.25, 0.0, 0.0, 0.0),
+        "erased_last": True,
         "data": ("data=parquet", "data.train={file}", "train.token_labels=store"),
     }
     return Recipe(
@@ -931,6 +932,7 @@ RECIPES = {
         crop_fraction=0.9,
         policy="rand-m9-mstd0.5-inc1",
         mixed=(0.25, 0.0, 0.0, 0.0),
+        erased_last=True,
         statistics=IMAGENET_STATISTICS,
         label_smoothing=0.1,
         method={"labels": "tokens", "cls_weight": 1.0, "token_weight": 1.0, "mix_tokens": True},

@@ -1,8 +1,9 @@
 """What is done to a training batch on its device, between normalisation and the method: erasing, mixup, cutmix.
 
 The order of a step: uint8 pictures → normalised floats (data/batch_transforms.py) → `augment.batch` → method. Erasing
-stands before mixing, as in DeiT and timm, so that noise of variance 1 is mixed like the pictures. Decisions are drawn
-on the CPU from a seed that depends on (seed, micro-batch, rank) only; the pictures never leave their device.
+stands before mixing in DeiT's recipes, whose noise is mixed like the pictures, and after it in those of LV-ViT and
+T2T-ViT, whose pictures are mixed while a batch is put together. Decisions are drawn on the CPU from a seed that depends
+on (seed, micro-batch, rank) only; the pictures never leave their device.
 """
 
 from __future__ import annotations

@@ -102,13 +102,14 @@ def test_labels_equal_those_of_the_slow_roi_align(num_classes: int, grid: tuple[
         np.testing.assert_allclose(found[i].numpy(), expected, rtol=5e-5, atol=1e-7)
 
 
-def test_a_crop_mirrored_is_the_mirrored_pictures_crop() -> None:
+@pytest.mark.parametrize("official_axes", [False, True])
+def test_a_crop_mirrored_is_the_mirrored_pictures_crop(official_axes: bool) -> None:
     """The official code flips before it crops."""
     values, numbers = some_maps(4, 3, (6, 6), 9)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.5, 0.3], [0.4, 0.0, 0.3, 0.9], [0.2, 0.6, 0.7, 0.4]])
     other_side = boxes.clone()
     other_side[:, 1] = 1 - boxes[:, 1] - boxes[:, 3]
-    kinds = {"num_classes": 9, "grids": [(4, 4)]}
+    kinds = {"num_classes": 9, "grids": [(4, 4)], "official_axes": official_axes}
     after = crop_labels(values, numbers, boxes, ~UNFLIPPED, **kinds)[0]
     assert_close(after, crop_labels(values.flip(3), numbers.flip(3), other_side, UNFLIPPED, **kinds)[0])
 

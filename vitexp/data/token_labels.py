@@ -85,8 +85,10 @@ def crop_labels(
     maps, occurring = _occurring_classes(values, numbers, num_classes)
     top, left, height, width = boxes.float().unbind(1)
     down, across = (top, top + height), (left, left + width)
-    if official_axes:
-        down, across = across, down
+    if official_axes:  # those of the box in the picture as shown, where a mirrored map lies the other way round
+        sides = ((left, width), (top, height))
+        row, column = (torch.where(mirrored, 1 - start - side, start) for start, side in sides)
+        down, across = (row, row + width), (column, column + height)
     pooled = []
     for rows, columns in grids:
         shares_down = _shares(*down, bins=rows, cells=maps.shape[2])
