@@ -62,6 +62,7 @@ BAD = {
     "+schedule.warmup_epoch=3": ("schedule.warmup_epoch", "'warmup_epochs'"),
     "modle.depth=3": ("modle.depth", "'model.depth'?\ntop level has: allow_changes"),
     "model=timm model.options.drop_rate=1": ("model.options is empty", "+model.options.drop_rate=…"),
+    "model=null": ("model=null", "no such option"),
     "+nothing=1": ("nothing", "no such key"),
     "+train.epoch=1": ("train.epoch", "'epochs'"),
     "model._target_=os.system": ("model._target_=os.system", "not allowed"),

@@ -126,3 +126,14 @@ def test_one_class_alone_is_nothing_to_classify_but_enough_for_an_autoencoder(wo
     with pytest.raises(UserError, match=r"one class, 'class_0', and a classifier needs two"):
         build_run(compose_and_check(one))
     assert _run("run", *one, "method=mae", "evaluators=mae")
+
+
+def test_files_of_a_person_are_neither_moved_nor_removed(workdir: Path) -> None:
+    own = [workdir / "work" / name for name in ("thesis.txt", ".notes.tmp.txt", ".swap.tmp")]
+    own[0].parent.mkdir()
+    for path in own:
+        path.write_text("mine")
+    for more in ([], ["resume=never"]):
+        with pytest.raises(UserError, match=r"output_dir=.*work: holds files that no run left \(.*thesis\.txt"):
+            _run("work", *TINY, "train.max_steps=1", *more)
+    assert all(path.read_text() == "mine" for path in own)

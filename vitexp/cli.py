@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
         print(f"vitexp {__version__}")
         return 0
     command = "train"
-    if arguments and "=" not in arguments[0] and arguments[0][0] not in "-+~":
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "+", "~")):
         command = arguments.pop(0)
         if command not in COMMANDS:
             raise UserError(

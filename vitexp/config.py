@@ -314,9 +314,10 @@ def _group_overrides(parsed: list[Override], config_dir: str | None) -> tuple[di
     for choice in choices:
         name = choice.value()
         known = groups[choice.key_or_group]
-        if choice.type is OverrideType.CHANGE and name is not None and str(name) not in known:
+        optional = name is None and choice.key_or_group in ("experiment", "debug")
+        if choice.type is OverrideType.CHANGE and not optional and str(name) not in known:
             raise UserError(
-                f"{choice.key_or_group}={name}: no such option.{nearest(str(name), known)}\n"
+                f"{choice.key_or_group}={checks.show(name)}: no such option.{nearest(str(name), known)}\n"
                 f"{choice.key_or_group} has: {', '.join(known)}"
             )
     return groups, choices

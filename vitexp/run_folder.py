@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -91,6 +92,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+_HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp(\..+)?")  # what atomic_file writes to
+
+
 class RunLock:
     """Held while a process writes in a run folder, which is made where missing: `with RunLock(run_dir): ...`.
 
@@ -116,7 +120,8 @@ class RunLock:
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
             for leftover in self.path.parent.glob(".*.tmp*"):
-                leftover.unlink(missing_ok=True)
+                if _HALF_WRITTEN.fullmatch(leftover.name):  # not a person's own
+                    leftover.unlink(missing_ok=True)
         except BaseException as error:
             os.close(descriptor)
             if isinstance(error, OSError):

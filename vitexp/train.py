@@ -93,6 +93,7 @@ def _resume_point(config: RunConfig, folder: Path) -> checkpoint.Checkpoint | No
         )
     # A run killed before its first checkpoint starts again in its place, and in its MLflow run.
     if found is None and (changed or config.resume == "never"):
+        _check_was_a_run(folder)
         moved = run_folder.archive_previous(folder, spare=("train.log",))
         if moved is not None:
             log.info("set aside   the former run of this folder is now in %s", moved)
@@ -100,6 +101,16 @@ def _resume_point(config: RunConfig, folder: Path) -> checkpoint.Checkpoint | No
     raw = {**config.raw, "output_dir": config.output_dir, "choices": config.choices}
     run_folder.write_atomic(folder / RAW_NAME, to_yaml(raw))
     return found
+
+
+def _check_was_a_run(folder: Path) -> None:
+    """Raises UserError where files lie that no run left, such as a person's own, which nobody wants set aside."""
+    signs = (CONFIG_NAME, "checkpoints", "metrics.jsonl", run_folder.PREVIOUS_NAME)
+    own = ("train.log", run_folder.LOCK_NAME)  # this run has written those already
+    found = sorted(path.name for path in folder.iterdir() if path.name not in own)
+    if found and not any((folder / sign).exists() for sign in signs):
+        shown = ", ".join(found[:3]) + ", …" * (len(found) > 3)
+        raise UserError(f"output_dir={folder}: holds files that no run left ({shown}); give a folder of its own")
 
 
 def _changed_settings(config: RunConfig, folder: Path) -> list[str]:
