@@ -256,7 +256,12 @@ def test_the_official_axes_are_another_crop() -> None:
     batch = some_batch()
     ours, theirs = (TokenLabeling(lvvit(), official_axes=on).targets(batch)[0] for on in (False, True))
     assert batch.maps is not None
-    turned = replace(batch, maps=replace(batch.maps, boxes=batch.maps.boxes[:, [1, 0, 3, 2]]))
+    boxes, mirrored = batch.maps.boxes, batch.maps.mirrored[:, None]
+    assert mirrored.any()
+    assert not mirrored.all()
+    shown = boxes[:, [1, 0, 3, 2]]  # exchanged as shown, where a mirrored map lies the other way round
+    turned = torch.cat([torch.where(mirrored, 1 - shown[:, :2] - shown[:, 2:], shown[:, :2]), shown[:, 2:]], dim=1)
+    turned = replace(batch, maps=replace(batch.maps, boxes=turned))
     assert not torch.allclose(ours, theirs)
     torch.testing.assert_close(theirs, TokenLabeling(lvvit()).targets(turned)[0])
 
