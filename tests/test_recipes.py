@@ -1242,10 +1242,13 @@ VARIED = {
         632_045_800 - 1280 + 64 * 1280,
         {"model.image_size": 224, "model.drop_path": 0.55, "train.batch_size": 32},
     ),
-    "deit3_finetune_384 model=deit3_base model.drop_path=0.2": (86_585_320 + 380 * 768, {"model.drop_path": 0.2}),
-    "deit3_finetune_384 model=deit3_large model.drop_path=0.45": (
+    "deit3_finetune_384 model=deit3_base model.drop_path=0.15 train.batch_size=32 train.accumulate=16": (
+        86_585_320 + 380 * 768,
+        {"model.drop_path": 0.15, "train.batch_size": 32},
+    ),
+    "deit3_finetune_384 model=deit3_large model.drop_path=0.4 train.batch_size=16 train.accumulate=32": (
         304_326_632 - 1024 + 48 * 1024 + 380 * 1024,
-        {"model.drop_path": 0.45},
+        {"model.drop_path": 0.4, "train.batch_size": 16},
     ),
     "deit3_imagenet21k model=deit3_small model.drop_path=0.05 train.batch_size=128 train.accumulate=16": (
         22_059_496,

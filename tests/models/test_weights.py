@@ -46,7 +46,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module, *, but: tuple[str, ...] =
 
 
 # ---- kinds of files ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema"])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema", "net"])
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "_orig_mod.module."])
 def test_pytorch_files_are_read_bare_or_wrapped_and_with_prefixes(tmp_path: Path, wrapper: str, prefix: str) -> None:
     source, target = vit(), vit()
