@@ -294,7 +294,7 @@ def check_token_labels(config: dict[str, Any]) -> None:
 def check_teacher(config: dict[str, Any]) -> None:
     """Raises UserError for a method that learns from a teacher and has none; the teacher itself is not read."""
     own = _select(config, "method._target_") == DISTILLATION
-    if own and _select(config, "method.teacher") is None and config["stage"]["trains"]:
+    if own and _select(config, "method.teacher") is None and config["method"]["alpha"] and config["stage"]["trains"]:
         raise UserError("method=distillation: needs method.teacher=<run folder, weights it exported, or timm:<name>>")
 
 

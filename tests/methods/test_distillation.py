@@ -110,6 +110,17 @@ def test_without_a_teacher_it_evaluates_and_does_not_learn() -> None:
         method(batch(), START)
 
 
+def test_without_a_teacher_the_class_alone_can_be_learned_by_the_class_tokens_classifier() -> None:
+    model, given = deit(distilled=True), batch(mixed=True)
+    output = Distillation(model, alpha=0.0)(given, START)
+    logits = model.distilled_logits(model.encode(model.embed(given.images))).cls
+    assert output.loss.item() == pytest.approx(nn.functional.cross_entropy(logits, given.targets).item(), rel=1e-6)
+    output.loss.backward()
+    assert model.head_dist is not None
+    assert model.head.weight.grad.any()
+    assert not model.head_dist.weight.grad.any(), "a gradient, as several processes need it, of nothing"
+
+
 def test_what_does_not_fit_is_named() -> None:
     torch.manual_seed(0)
     with pytest.raises(UserError, match=r"method\.form=sof is not one of hard, soft, soft_deit\. Did you mean 'soft'"):

@@ -20,7 +20,8 @@ class Distillation(Method):
 
     A model with a distillation token learns the class by its class token's classifier and the teacher's word by the
     other's; any other model by its only one. `teacher` gives logits (b, k) of the batch as the student sees it; it is
-    no part of the method: neither trained nor saved nor counted. Without one the method only evaluates.
+    no part of the method: neither trained nor saved nor counted. Without one the method evaluates, and with alpha=0 it
+    learns the class alone, by the class token's classifier.
     Raises UserError for what does not fit together."""
 
     def __init__(
@@ -64,16 +65,20 @@ class Distillation(Method):
         return twin
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        if self.teacher is None:
+        if self.teacher is None and self.alpha > 0:
             raise UserError("method=distillation: without method.teacher there is nobody to learn from")
-        with torch.no_grad():
-            taught = self.teacher(batch.images)
         logits, distilled = self.both_logits(batch.images)
         of_class = classification_loss(logits, batch.targets, objective=self.loss, label_smoothing=self.label_smoothing)
-        of_teacher = distillation_loss(distilled, taught, form=self.form, temperature=self.temperature)
         classes = class_of(batch.targets)
+        top1 = batch_top1(logits, classes)
+        if self.teacher is None:
+            unasked = 0 * distilled.sum()  # several processes wait for a gradient of every parameter
+            return StepOutput(of_class + unasked, {"top1": top1})
+        with torch.no_grad():
+            taught = self.teacher(batch.images)
+        of_teacher = distillation_loss(distilled, taught, form=self.form, temperature=self.temperature)
         metrics = {
-            "top1": batch_top1(logits, classes),
+            "top1": top1,
             "teacher_top1": batch_top1(taught, classes),
             "agreement": batch_top1(distilled, taught.argmax(1)),
             "distillation_loss": of_teacher.detach(),
