@@ -26,13 +26,15 @@ def classification_loss(
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
-def binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def binary_loss(logits: Tensor, targets: Tensor, *, binarize: bool = True) -> Tensor:
     """Mean over batch and classes of the binary cross entropy, in float32: each class is a question of its own.
 
     Every class with a share in a picture is right there, however small: of two mixed pictures both (DeiT III,
-    arXiv:2204.07118; Wightman et al. 2021, arXiv:2110.00476). Targets as those of classification_loss."""
+    arXiv:2204.07118; Wightman et al. 2021, arXiv:2110.00476), or with binarize=False by that share alone. Targets as
+    those of classification_loss."""
     logits = logits.float()
-    right = F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets > 0
+    right = F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets
+    right = right > 0 if binarize else right
     return F.binary_cross_entropy_with_logits(logits, right.to(logits))
 
 
