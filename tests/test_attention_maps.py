@@ -15,6 +15,7 @@ from vitexp.attention_maps import (
     position_similarity,
 )
 from vitexp.errors import UserError
+from vitexp.models.build import build_model
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.vit import VisionTransformer
 
@@ -196,3 +197,9 @@ def test_position_similarity_compares_patches_by_their_place():
     assert found[2, 3, 0, 5].item() == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(found.flatten(2).flatten(0, 1).diagonal(), torch.ones(24))
     assert position_similarity(TimmBackbone("resnet18", num_classes=2)) is None
+
+
+def test_two_attentions_in_a_block_have_no_one_map():
+    with torch.device("meta"):
+        assert has_attention_maps(build_model("deit3_small"))
+        assert not has_attention_maps(build_model("deit3_small_18x2"))

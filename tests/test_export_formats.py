@@ -174,6 +174,8 @@ def test_transformers_knows_the_classes_and_prepares_a_picture_as_the_run_does(t
         ("timm", "vit", {"attention_scale": 0.1}, "attention_scale"),
         ("timm", "vit", {"representation_dim": 8}, "representation_dim"),
         ("timm", "deit_distilled", {"class_position": False}, "class_position"),
+        ("timm", "deit", {"stem": "hmlp"}, "stem=hmlp"),
+        ("hf", "deit", {"stem": "hmlp"}, "stem=hmlp"),
         ("hf", "lvvit", {}, "LVViT"),
         ("hf", "resnet", {}, "TimmBackbone"),
         ("hf", "vit_mean", {}, "pool=mean"),

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vitexp.train import train
 
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
 NO_PATCHES = {key: value for key, value in SIZES.items() if key != "patch_size"} | {"image_size": 32, "token_dim": 4}
+OF_TIMM = {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
 OF_A_VIT = ("blocks.1.", "norm.", "fc_norm.", "pre_logits.", "head.", "head_dist.", "aux_head.")
 
 
@@ -45,6 +46,7 @@ class Model:
     fixed: tuple[str, ...] = ()  # parameters that never learn
     heads: tuple[str, ...] = ("head.",)
     last: tuple[str, ...] = OF_A_VIT  # what the last block and all behind it are named
+    leaves_out: dict[str, Any] = field(default_factory=lambda: {"drop_path": 0.1})  # what makes two submodels of it
 
 
 OVERLAP = r"its embed\(\) cannot leave patches out .* where tokens see beyond their patches, hidden pixels would show"
@@ -75,6 +77,8 @@ MODELS = {
     "deit": Model("deit", SIZES),
     "deit-distilled": Model("deit", SIZES | {"distilled": True}, heads=("head.", "head_dist.")),
     "deit3": Model("deit3_small", SIZES),
+    "deit3-parallel": Model("deit3_small_18x2", SIZES),
+    "deit3-hmlp": Model("deit3_small", SIZES | {"stem": "hmlp"}),
     "lvvit": Model("lvvit", SIZES | {"stem_channels": 4}, no_mae=OVERLAP, heads=("head.", "aux_head.")),
     "lvvit-without-token-head": Model(
         "lvvit",
@@ -91,11 +95,12 @@ MODELS = {
         no_tokens=rf"TimmBackbone hands out no tokens to teach \({NO_VIT}",
         heads=("fc.",),
         last=("layer4.", "fc."),
+        leaves_out={"options": {"drop_path_rate": 0.1}},
     ),
     "timm-vit": Model(
         "timm",
-        {"name": "test_vit", "image_size": 16}
-        | {"options": {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}},
+        {"name": "test_vit", "image_size": 16} | {"options": OF_TIMM},
+        leaves_out={"options": OF_TIMM | {"drop_path_rate": 0.1}},
     ),
     "autoencoder": Model("mae", SIZES),
 }
@@ -109,6 +114,7 @@ METHODS = {
     "token_labeling": ["method=token_labeling"],
     "relabeling": ["method=token_labeling", "method.labels=picture"],
     "distillation": ["method=distillation"],
+    "cosub": ["method=cosub"],
 }
 STAGES: dict[str, dict[str, Any]] = {
     file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in conf_dir().glob("stage/*.yaml")
@@ -167,6 +173,8 @@ def settings(
     tree["evaluators"] = tree["evaluators"] if evaluators is None else evaluators
     if choices["method"] == "token_labeling":
         tree["train"]["token_labels"] = str(place / f"labels_{MODELS[model].settings['image_size']}")
+    if choices["method"] == "cosub" and model != "autoencoder":
+        tree["model"] |= MODELS[model].leaves_out
     if choices["method"] == "distillation":
         tree["method"]["teacher"] = str(place / "teacher")
     return check(OmegaConf.create(tree), choices=choices, defaults={})
@@ -257,7 +265,7 @@ def test_every_kind_of_model_every_method_and_every_stage_is_in_the_matrix() -> 
 
 IN_THE_GUIDE = {
     "`vit`": ("vit", "vit-mean", "vit-of-mae", "vit-of-big-vision"),
-    "`deit`, `deit3_*`": ("deit", "deit-distilled", "deit3"),
+    "`deit`, `deit3_*`": ("deit", "deit-distilled", "deit3", "deit3-parallel", "deit3-hmlp"),
     "`t2t`": ("t2t-performer", "t2t-transformer"),
     "`lvvit`": ("lvvit",),
     "`timm`, a plain ViT": ("timm-vit",),
@@ -269,7 +277,7 @@ def test_the_guide_says_of_each_pair_what_the_matrix_does(repository: Path) -> N
     lines = (repository / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     _, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [row[0] for row in rows] == list(IN_THE_GUIDE)
-    columns = ["supervised", "distillation", "token_labeling", "relabeling", "mae"]
+    columns = ["supervised", "distillation", "cosub", "token_labeling", "relabeling", "mae"]
     for name, *cells in rows:
         for model in IN_THE_GUIDE[name]:
             sensible = [why_not(model, method, "pretrain") is None for method in columns]

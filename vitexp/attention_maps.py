@@ -128,9 +128,10 @@ def _to_patches(model: nn.Module, probabilities: Tensor) -> Tensor:
 def _plain_attentions(model: nn.Module) -> list[Any]:
     inner, grid = _inner(model), getattr(model, "grid_size", None)
     layers = [getattr(block, "attn", None) for block in getattr(inner, "blocks", ())]
-    if not layers or grid is None or any(type(layer) not in _PLAIN for layer in layers):
+    plain = all(type(layer) in _PLAIN for layer in layers)
+    if not layers or grid is None or not plain or any(hasattr(block, "attn1") for block in inner.blocks):
         name = type(inner).__name__
-        raise UserError(f"{name} has no attention maps: only ViTs with plain attention in every block have them")
+        raise UserError(f"{name} has no attention maps: only ViTs with one plain attention in every block have them")
     return layers
 
 

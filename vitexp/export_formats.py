@@ -25,7 +25,7 @@ from vitexp import serving
 from vitexp.errors import UserError
 from vitexp.export import export_model
 from vitexp.models.deit import DeiT
-from vitexp.models.layers import Block
+from vitexp.models.layers import Block, HMLPStem
 from vitexp.models.timm_backbone import TimmBackbone, takes_image_size
 from vitexp.models.vit import VisionTransformer
 from vitexp.trained import TrainedRun, load_run
@@ -139,6 +139,7 @@ def _as_timm(run: TrainedRun) -> tuple[str, dict[str, Any], dict[str, Any], dict
         f"norm_eps={block.norm1.eps:g}: a timm ViT has {TIMM_NORM_EPS:g}": block.norm1.eps != TIMM_NORM_EPS,
         "attention_scale: timm takes 1 / sqrt(head width)": _own_attention_scale(model),
         "representation_dim: timm has no layer before the classifier": not isinstance(model.pre_logits, nn.Identity),
+        "stem=hmlp: a timm ViT has one matrix": isinstance(model.patch_embed, HMLPStem),
         "distilled with class_position=false": distilled and model.prefix_positions == 0,
         "distilled without a classifier": distilled and model.num_classes == 0,
     }
@@ -201,6 +202,7 @@ def write_hf(run: TrainedRun, folder: Path) -> None:
         "it has no classifier": model.num_classes == 0,
         "pool=mean: transformers' ViT classifies the class token": model.pool != "cls",
         "norm=after_pool: transformers' ViT normalises every token": model.norm_place != "before_pool",
+        "stem=hmlp: transformers' ViT has one matrix": isinstance(model.patch_embed, HMLPStem),
         "layer_scale: transformers' ViT has none": isinstance(block.ls1, LayerScale),
         "attention_scale: transformers takes 1 / sqrt(head width)": _own_attention_scale(model),
         "representation_dim: transformers' ViT has no such layer": not isinstance(model.pre_logits, nn.Identity),

@@ -212,6 +212,111 @@ def test_the_start_is_the_official_codes(again: bool) -> None:
             assert p.std().item() == pytest.approx(0.02, rel=0.2 if name.endswith("token") else 0.06), name
 
 
+# ---- side by side, and in small steps ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("option", "settings", "parameters"),
+    [
+        ("deit3_small_18x2", {}, 64_665_064),
+        ("deit3_small_18x2", {"layer_scale": None}, 64_637_416),
+        ("deit3_base_18x2", {}, 256_731_112),
+        ("deit3_base_18x2", {"embed_dim": 1280, "depth": 26, "num_heads": 16, "patch_size": 14}, 1_025_726_440),
+        ("deit3_small", {"depth": 36}, 64_665_064),
+        ("deit3_small", {"stem": "hmlp"}, 21_954_856),
+    ],
+)
+def test_parallel_blocks_and_hmlp_stem_have_the_official_number_of_parameters(
+    option: str, settings: dict, parameters: int
+) -> None:
+    with torch.device("meta"):
+        model = build_model(option, **settings)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+OFFICIAL_BRANCHES = {  # in the official code's names: norm, what it feeds, its LayerScale
+    "attention": (("norm1", "attn", "gamma_1"), ("norm11", "attn1", "gamma_1_1")),
+    "mlp": (("norm2", "mlp", "gamma_2"), ("norm21", "mlp1", "gamma_2_1")),
+}
+
+
+def test_a_parallel_block_adds_both_attentions_then_both_mlps_of_an_official_file(tmp_path: Path) -> None:
+    model = build_model("deit3_small_18x2", **SMALL).double().eval()
+    state = {key: torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
+    named = {key.replace("ls1_1.gamma", "gamma_1_1").replace("ls2_1.gamma", "gamma_2_1"): t for key, t in state.items()}
+    named = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for key, t in named.items()}
+    block = {key.removeprefix("blocks.1."): tensor for key, tensor in named.items() if key.startswith("blocks.1.")}
+    assert {key.split(".")[0] for key in block} == {
+        name for pair in OFFICIAL_BRANCHES.values() for b in pair for name in b
+    }
+    report = load_weights(model, saved(tmp_path, {"model": named}))
+    assert (report.family, report.missing, report.unexpected) == ("deit3", (), ())
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    expected = x
+    for kind, branches in OFFICIAL_BRANCHES.items():
+        added = torch.zeros_like(x)
+        for norm, layer, gamma in branches:
+            part = {
+                key.removeprefix(f"{layer}."): tensor for key, tensor in block.items() if key.startswith(f"{layer}.")
+            }
+            normed = F.layer_norm(expected, (24,), block[f"{norm}.weight"], block[f"{norm}.bias"], eps=1e-6)
+            if kind == "attention":
+                qkv = F.linear(normed, part["qkv.weight"], part["qkv.bias"]).unflatten(2, (3, 2, 12))
+                q, k, v = qkv.permute(2, 0, 3, 1, 4)
+                seen = (q @ k.mT / 12**0.5).softmax(-1) @ v
+                out = F.linear(seen.transpose(1, 2).flatten(2), part["proj.weight"], part["proj.bias"])
+            else:
+                hidden = F.gelu(F.linear(normed, part["fc1.weight"], part["fc1.bias"]))
+                out = F.linear(hidden, part["fc2.weight"], part["fc2.bias"])
+            added += block[gamma] * out
+        expected = expected + added
+    torch.testing.assert_close(model.blocks[1](x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.blocks[1](x, last=2), expected[:, -2:], rtol=1e-10, atol=1e-10)
+
+
+def test_each_of_four_parallel_branches_is_left_out_by_a_draw_of_its_own() -> None:
+    block = build_model("deit3_small_18x2", **SMALL, layer_scale=1.0, drop_path=0.5).blocks[0].train()
+    with torch.no_grad():
+        for layer in (block.attn.proj, block.attn1.proj, block.mlp.fc2, block.mlp1.fc2):
+            layer.weight.zero_()
+        for number, layer in enumerate((block.attn.proj, block.attn1.proj, block.mlp.fc2, block.mlp1.fc2)):
+            layer.bias.fill_(2**number)
+    torch.manual_seed(0)
+    sums = block(torch.zeros(400, 1, 24))[:, 0, 0] / 2  # a kept branch is worth twice its number
+    assert sorted(set(sums.tolist())) == list(range(16))
+
+
+def test_an_hmlp_stem_sees_patches_one_by_one() -> None:
+    model = deit(stem="hmlp", patch_size=8).double().eval()
+    with torch.no_grad():
+        for tensor in model.patch_embed.state_dict().values():
+            tensor.copy_(torch.rand_like(tensor.double()) + 0.1)
+    names = [key for key in model.state_dict() if key.startswith("patch_embed.") and key.endswith("weight")]
+    assert names == [f"patch_embed.proj.{i}.weight" for i in (0, 1, 3, 4, 6, 7)]
+    assert [model.patch_embed.proj[i].kernel_size for i in (0, 3, 6)] == [(2, 2)] * 3
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    tokens = model.patch_embed(images)
+    corner = model.patch_embed.proj(images[:, :, 8:, :8])[:, :, 0, 0]
+    torch.testing.assert_close(tokens[:, 2], corner, rtol=1e-12, atol=1e-12)
+    keep = torch.tensor([[3, 0], [1, 2]])
+    torch.testing.assert_close(
+        model.embed(images, keep),
+        torch.stack([model.embed(images)[i, keep[i]] for i in (0, 1)]),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    with pytest.raises(UserError, match=r"model\.patch_size=2: model\.stem=hmlp needs a multiple of 4"):
+        deit(stem="hmlp", patch_size=2)
+
+
+def test_the_hmlp_stem_starts_as_the_official_code_does() -> None:
+    stem = deit(stem="hmlp").patch_embed
+    stem.proj[1].running_mean.fill_(3)
+    torch.manual_seed(0)
+    stem.reset_parameters()
+    assert not stem.proj[1].running_mean.any()
+    bound = 3**-0.5  # torch's default for 1 x 1 x 3 inputs: uniform within it
+    assert 0.8 * bound < stem.proj[0].weight.abs().max() <= bound
+
+
 # ---- the seam ----------------------------------------------------------------------------------------------------
 def test_the_distillation_token_stands_second_with_a_position_of_its_own() -> None:
     model = deit().double().eval()
@@ -238,7 +343,7 @@ def test_the_distillation_token_stands_second_with_a_position_of_its_own() -> No
     assert model.encode(model.embed(images, keep)).patches.shape == (2, 3, 24)
 
 
-@pytest.mark.parametrize("options", [{}, {"distilled": False}, {**DEIT3, "distilled": False}, DEIT3])
+@pytest.mark.parametrize("options", [{}, {"distilled": False}, {**DEIT3, "distilled": False}, DEIT3, {"stem": "hmlp"}])
 def test_a_masked_autoencoder_trains_every_part_of_such_an_encoder(options: dict) -> None:
     method = MaskedAutoencoding(deit(**options), decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
     method(batch_of(method.backbone), PROGRESS).loss.backward()

@@ -8,6 +8,7 @@ timm's (DeiT III's gamma_1 and gamma_2 are ls1.gamma and ls2.gamma here; load_we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from vitexp.errors import UserError
 from vitexp.models.checks import flag, one_of
-from vitexp.models.layers import Block
+from vitexp.models.layers import Block, HMLPStem
 from vitexp.models.vit import HEAD_INITS, AttentionPath, VisionTransformer, init_linear
 from vitexp.types import Features
 
 DropPathGrowth = Literal["linear", "constant"]
+Stem = Literal["linear", "hmlp"]
 
 TOKEN_STD = 0.02  # of tokens and positions at the start
 
@@ -48,6 +50,7 @@ class DeiT(VisionTransformer):
     `class_position=False` gives the tokens in front of the patches no row of the position table. `layer_scale` is the
     starting value of LayerScale, None leaves it out. `drop_path` is the probability to leave a branch out, of the last
     block with `drop_path_growth="linear"`, growing from 0 at the first, and of every block with "constant".
+    `stem` turns patches into tokens by one matrix or by three small convolutions, see layers.HMLPStem.
     DeiT III is class_position=False, layer_scale=1e-4, drop_path_growth="constant". Raises UserError for what does not
     fit together."""
 
@@ -66,6 +69,7 @@ class DeiT(VisionTransformer):
         num_classes: int = 1000,
         distilled: bool = False,
         class_position: bool = True,
+        stem: Stem = "linear",
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
         qkv_bias: bool = True,
@@ -95,6 +99,13 @@ class DeiT(VisionTransformer):
             gradient_checkpointing=gradient_checkpointing,
             init="timm",
         )
+        if one_of("model.stem", stem, get_args(Stem)) == "hmlp":
+            for key, size in (("model.patch_size", math.gcd(*self.patch_size)), ("model.embed_dim", self.embed_dim)):
+                if size % 4:
+                    raise UserError(f"{key}={size}: model.stem=hmlp needs a multiple of 4")
+            self.patch_embed = HMLPStem(
+                patch_size=self.patch_size, in_channels=self.in_channels, embed_dim=self.embed_dim
+            )
         self.distilled = flag("model.distilled", distilled)
         self.num_prefix_tokens = 2 if self.distilled else 1
         self.prefix_positions = self.num_prefix_tokens if flag("model.class_position", class_position) else 0

@@ -35,6 +35,10 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
+    def reset_parameters(self) -> None:
+        """torch's own start of a convolution."""
+        self.proj.reset_parameters()
+
     def patches(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(b, n, c * ph * pw) pixels of every patch, channel slowest, as the weight's columns are ordered.
 
@@ -51,6 +55,40 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         return self.project(self.patches(images, keep))
+
+
+class HMLPStem(PatchEmbed):
+    """Tokens from patches as PatchEmbed, but by three convolutions that join ever larger parts of one patch: of a
+    quarter of its side, then twice of two by two, each behind it normalised by the batch. Touvron et al. 2022, "Three
+    things everyone should know about Vision Transformers", arXiv:2203.09795, section 5.
+
+    Nothing looks beyond a patch, so that a masked autoencoder can leave patches out; the statistics of a batch are then
+    those of the patches kept. They are each process's own, where the official code shares them."""
+
+    def __init__(self, *, patch_size: tuple[int, int], in_channels: int, embed_dim: int) -> None:
+        super().__init__(patch_size=patch_size, in_channels=in_channels, embed_dim=embed_dim)
+        quarter, hidden = (patch_size[0] // 4, patch_size[1] // 4), embed_dim // 4
+        self.proj = nn.Sequential(  # pyrefly: ignore[bad-assignment]
+            *(nn.Conv2d(in_channels, hidden, kernel_size=quarter, stride=quarter), nn.BatchNorm2d(hidden), nn.GELU()),
+            *(nn.Conv2d(hidden, hidden, kernel_size=2, stride=2), nn.BatchNorm2d(hidden), nn.GELU()),
+            *(nn.Conv2d(hidden, embed_dim, kernel_size=2, stride=2), nn.BatchNorm2d(embed_dim)),
+        )
+
+    def reset_parameters(self) -> None:
+        """torch's own start of each layer."""
+        for layer in self.proj.children():
+            if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+                layer.reset_parameters()
+
+    def project(self, patches: Tensor) -> Tensor:
+        """(b, n, d) tokens of the patches given, any number of them: each is a picture of its own."""
+        pictures = patches.flatten(0, 1).unflatten(1, (-1, *self.patch_size))
+        return self.proj(pictures).flatten(1).unflatten(0, patches.shape[:2])
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        if keep is None:
+            return self.proj(images).flatten(2).transpose(1, 2)
+        return super().forward(images, keep)
 
 
 def pick_patches(grid: Tensor, keep: Tensor) -> Tensor:

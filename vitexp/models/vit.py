@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class VisionTransformer(nn.Module):
     `position_embedding`: learned; sincos, MAE's fixed table, a frozen parameter with a row of zeros for the class
     token; or sincos_big_vision, that of the better plain ViT baseline, a buffer outside the state dict without such a
     row. Raises UserError for what does not fit together."""
+
+    block_layer: ClassVar[type[Block]] = Block
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class VisionTransformer(nn.Module):
         # ---- encoder ---------------------------------------------------------------------------------------------
         norm_layer = partial(nn.LayerNorm, eps=positive("model.norm_eps", norm_eps))
         self.blocks = nn.ModuleList(
-            Block(
+            self.block_layer(
                 width,
                 self.num_heads,
                 mlp_ratio=mlp_ratio,
@@ -314,7 +316,7 @@ def _init_jax(model: VisionTransformer) -> None:
 
 def _init_timm(model: VisionTransformer) -> None:
     init_linear(model, std=0.02)
-    model.patch_embed.proj.reset_parameters()
+    model.patch_embed.reset_parameters()
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=1e-6)
     nn.init.trunc_normal_(model.pos_embed, std=0.02)

@@ -38,7 +38,7 @@ T2T_STEM = "tokens_to_token.project.weight"
 # (state_dict_ema beside state_dict) evaluate the averaged ones, DeiT (model_ema beside model) never does.
 _WRAPPERS = ("state_dict_ema", "model", "state_dict", "model_ema", "net")  # net: T2T-ViT's transfers
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
-_LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")  # DeiT III's names, and timm's: blocks.i.ls1.gamma
+_LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12](_1)?)$")  # DeiT III's names, and timm's: blocks.i.ls1.gamma
 # What torch and pickle raise when they read bytes that are none of theirs.
 _DAMAGED = (
     RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, struct.error,
