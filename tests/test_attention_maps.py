@@ -199,7 +199,21 @@ def test_position_similarity_compares_patches_by_their_place():
     assert position_similarity(TimmBackbone("resnet18", num_classes=2)) is None
 
 
-def test_two_attentions_in_a_block_have_no_one_map():
-    with torch.device("meta"):
-        assert has_attention_maps(build_model("deit3_small"))
-        assert not has_attention_maps(build_model("deit3_small_18x2"))
+@torch.no_grad()
+def test_a_block_of_two_attentions_has_the_heads_of_both():
+    torch.manual_seed(0)
+    model = build_model(
+        "deit3_small_18x2", image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=3
+    )
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    images = torch.randn(2, 3, 16, 16)
+    found = attention_probabilities(model, images)
+    tokens = torch.cat([model.cls_token.expand(2, -1, -1), model.embed(images)], dim=1)
+    for block, probabilities in zip(model.blocks, found, strict=True):
+        for number, (norm, layer) in enumerate(((block.norm1, block.attn), (block.norm11, block.attn1))):
+            q, k, _ = layer.qkv(norm(tokens)).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+            expected = (q @ k.mT / 12**0.5).softmax(-1)
+            torch.testing.assert_close(probabilities[:, 2 * number : 2 * number + 2], expected, rtol=1e-4, atol=1e-6)
+        tokens = block(tokens)
+    assert attention_maps(model, images).last.shape == (2, 4, 4, 4)

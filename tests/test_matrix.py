@@ -141,6 +141,8 @@ def why_not(model: str, method: str, stage: str) -> str | None:
         return m.no_mae
     if method == "mae" and stage in ("partial", "linear_probe"):
         return rf"stage\.train_blocks={STAGES[stage]['train_blocks']}: \w+ has no classifier to train"
+    if method == "cosub" and stage == "linear_probe":
+        return r"method=cosub: what trains leaves nothing out.*stage\.train_blocks"
     if method == "token_labeling" and m.no_tokens:
         return rf"method\.labels=tokens: {m.no_tokens}.*method\.labels=picture"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vitexp.errors import UserError
 from vitexp.evaluators.classification import evaluation_mode
+from vitexp.models.deit_parallel import ParallelBlock
 from vitexp.models.layers import Attention
 
 # Subclasses and other attentions (relative positions, windows) have further terms in their softmax.
@@ -31,7 +33,7 @@ class AttentionMaps:
     The row is the class token's where the classifier reads that token, else the mean over the patches' rows. A row's
     sum is 1 less what goes to class and register tokens."""
 
-    last: Tensor  # (b, heads, gh, gw) of the last block
+    last: Tensor  # (b, heads, gh, gw) of the last block; of a parallel one the heads of both its attentions
     rollout: Tensor  # (b, gh, gw) over all blocks
 
 
@@ -98,15 +100,23 @@ def _rolled(before: Tensor | None, probabilities: Tensor) -> Tensor:
     return mixed if before is None else mixed @ before
 
 
-def _look(model: nn.Module, layers: list[Any], images: Tensor, see: Callable[[Tensor], None]) -> None:
+def _look(model: nn.Module, blocks: list[tuple[Any, ...]], images: Tensor, see: Callable[[Tensor], None]) -> None:
     """One forward in eval mode and float32; `see` gets each block's probabilities in turn."""
+    of_block: list[Tensor] = []
 
-    def before(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    def before(layer: Any, inputs: tuple[Tensor, ...], *, is_last: bool) -> None:
         q, k, _ = rearrange(layer.qkv(inputs[0]), "b n (t h d) -> t b h n d", t=3, h=layer.num_heads).unbind(0)
         q, k = layer.q_norm(q), layer.k_norm(k)
-        see(((q * layer.scale) @ k.transpose(-2, -1)).float().softmax(dim=-1))
+        of_block.append(((q * layer.scale) @ k.transpose(-2, -1)).float().softmax(dim=-1))
+        if is_last:
+            see(torch.cat(of_block, dim=1) if len(of_block) > 1 else of_block[0])
+            of_block.clear()
 
-    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(partial(before, is_last=layer is block[-1]))
+        for block in blocks
+        for layer in block
+    ]
     try:
         with evaluation_mode(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             model.forward(images)  # not model(images): compiled code would not know of the hooks
@@ -125,13 +135,16 @@ def _to_patches(model: nn.Module, probabilities: Tensor) -> Tensor:
     return query[:, :, prefix:].unflatten(2, grid)
 
 
-def _plain_attentions(model: nn.Module) -> list[Any]:
+def _plain_attentions(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each block; those of a parallel one in the order in which they run."""
     inner, grid = _inner(model), getattr(model, "grid_size", None)
-    layers = [getattr(block, "attn", None) for block in getattr(inner, "blocks", ())]
-    plain = all(type(layer) in _PLAIN for layer in layers)
-    if not layers or grid is None or not plain or any(hasattr(block, "attn1") for block in inner.blocks):
+    layers = [
+        (block.attn, block.attn1) if isinstance(block, ParallelBlock) else (getattr(block, "attn", None),)
+        for block in getattr(inner, "blocks", ())
+    ]
+    if not layers or grid is None or any(type(layer) not in _PLAIN for block in layers for layer in block):
         name = type(inner).__name__
-        raise UserError(f"{name} has no attention maps: only ViTs with one plain attention in every block have them")
+        raise UserError(f"{name} has no attention maps: only ViTs with plain attention in every block have them")
     return layers
 
 

@@ -86,6 +86,11 @@ def test_both_passes_leave_out_branches_of_their_own() -> None:
 def test_a_model_that_leaves_nothing_out_is_refused_in_training_alone() -> None:
     method = Cosub(vit(drop_path=0.0))
     assert method.logits(batch(CLASSES).images).shape == (3, 3)
-    with pytest.raises(UserError, match=r"method=cosub: the model leaves nothing out.*model\.drop_path"):
+    with pytest.raises(UserError, match=r"method=cosub: what trains leaves nothing out.*model\.drop_path"):
         method(batch(CLASSES), START)
     Cosub(vit(drop_path=0.0, dropout=0.1))(batch(CLASSES), START)
+    frozen = Cosub(vit())
+    frozen.backbone.blocks.requires_grad_(False)
+    frozen.backbone.pos_drop.eval()
+    with pytest.raises(UserError, match="what trains leaves nothing out"):
+        frozen.train()(batch(CLASSES), START)

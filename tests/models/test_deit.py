@@ -219,7 +219,7 @@ def test_the_start_is_the_official_codes(again: bool) -> None:
         ("deit3_small_18x2", {}, 64_665_064),
         ("deit3_small_18x2", {"layer_scale": None}, 64_637_416),
         ("deit3_base_18x2", {}, 256_731_112),
-        ("deit3_base_18x2", {"embed_dim": 1280, "depth": 26, "num_heads": 16, "patch_size": 14}, 1_025_726_440),
+        ("deit3_huge_26x2", {}, 1_025_726_440),
         ("deit3_small", {"depth": 36}, 64_665_064),
         ("deit3_small", {"stem": "hmlp"}, 21_954_856),
     ],
@@ -315,6 +315,32 @@ def test_the_hmlp_stem_starts_as_the_official_code_does() -> None:
     assert not stem.proj[1].running_mean.any()
     bound = 3**-0.5  # torch's default for 1 x 1 x 3 inputs: uniform within it
     assert 0.8 * bound < stem.proj[0].weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "words"),
+    [
+        ({"stem": "hmlp"}, {}, r"Only one of the two has the hMLP stem: model\.stem=hmlp"),
+        ({}, {"stem": "hmlp"}, r"Only one of the two has the hMLP stem: model\.stem=linear"),
+    ],
+)
+def test_a_file_with_the_other_stem_is_refused_and_says_which(
+    tmp_path: Path, file: dict, model: dict, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        load_weights(deit(**model), saved(tmp_path, deit(**file).state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "words"),
+    [
+        ("deit3_small_18x2", "deit3_small", "two attentions: model=deit3_small_18x2"),
+        ("deit3_small", "deit3_small_18x2", "two attentions: model=deit3_small and"),
+    ],
+)
+def test_a_file_with_other_blocks_is_refused_and_says_which(tmp_path: Path, file: str, model: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_weights(build_model(model, **SMALL), saved(tmp_path, build_model(file, **SMALL).state_dict()))
 
 
 # ---- the seam ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitexp.models import layers
-from vitexp.models.layers import Block, Linear, _Affine, _Attend, _residual
+from vitexp.models.layers import Block, Linear, _Affine, _Attend, add_branch
 
 needs_bf16_products = pytest.mark.skipif(not layers._multiplies_bf16(), reason="no bf16 products on this processor")
 
@@ -110,7 +110,7 @@ def test_residual_sum_leaves_the_branch_as_it_was() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         branch = torch.randn(2, 3).to(dtype)
         before = branch.clone()
-        assert torch.equal(_residual(x, branch), x + branch)
+        assert torch.equal(add_branch(x, branch), x + branch)
         assert torch.equal(branch, before)
 
 

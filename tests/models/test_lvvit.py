@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitexp.errors import UserError
 from vitexp.models.build import build_model
-from vitexp.models.layers import Block, _residual
+from vitexp.models.layers import Block, add_branch
 from vitexp.models.lvvit import LVViT
 from vitexp.models.vit import VisionTransformer
 from vitexp.models.weights import load_weights
@@ -130,7 +130,7 @@ def test_a_scaled_residual_sum_has_the_formulas_values_and_gradients(dtype: torc
     x = torch.randn(3, 4, requires_grad=True)
     branch = torch.randn(3, 4).to(dtype).requires_grad_()
     before = branch.detach().clone()
-    out = _residual(x, branch, scale)
+    out = add_branch(x, branch, scale)
     torch.testing.assert_close(out, x + branch.to(out.dtype) / scale, rtol=1e-6, atol=1e-6)
     assert torch.equal(branch, before)
     out.sum().backward()

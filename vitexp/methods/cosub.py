@@ -19,19 +19,18 @@ class Cosub(Method):
     Every picture stands in the batch twice, and drop path or dropout makes two submodels of the backbone; nothing flows
     back through what one tells the other. With `binarize` every class with a share in a mixed picture is a right one,
     as DeiT III trains; without, the shares are what is learned. Costs two forward and backward passes an update.
-    Raises UserError for a backbone that leaves nothing out, whose submodels would be one."""
+    Raises UserError where nothing is left out in training, so that both submodels would be one."""
 
     def __init__(self, backbone: nn.Module, *, binarize: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.binarize = binarize
-        leave_out = [module for module in backbone.modules() if isinstance(module, (DropPath, nn.Dropout))]
-        self.differ = any(module.drop_prob if isinstance(module, DropPath) else module.p for module in leave_out)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        if not self.differ:
+        if not any(_leaves_out(module) for module in self.backbone.modules()):
             raise UserError(
-                "method=cosub: the model leaves nothing out, so both submodels are the same; give model.drop_path=0.1"
+                "method=cosub: what trains leaves nothing out, so both submodels are the same; "
+                "give model.drop_path=0.1, and blocks to train (stage.train_blocks)"
             )
         one, other = self.backbone(torch.cat([batch.images, batch.images])).float().chunk(2)
         of_class = sum(binary_loss(logits, batch.targets, binarize=self.binarize) for logits in (one, other))
@@ -46,3 +45,8 @@ class Cosub(Method):
 
 def _agreement_loss(logits: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, told.detach().sigmoid())
+
+
+def _leaves_out(module: nn.Module) -> bool:
+    rate = module.drop_prob if isinstance(module, DropPath) else module.p if isinstance(module, nn.Dropout) else 0
+    return module.training and bool(rate)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vitexp.models.deit import DeiT
-from vitexp.models.layers import Block
+from vitexp.models.layers import Block, add_branch
 
 
 class ParallelBlock(Block):
@@ -28,11 +28,12 @@ class ParallelBlock(Block):
 
     def forward(self, x: Tensor, *, last: int | None = None) -> Tensor:
         """As Block's."""
-        branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))
-        branch = branch + self.drop_path1(self.ls1_1(self.attn1(self.norm11(x), last=last)))
-        x = x[:, -branch.shape[1] :] + branch
-        branch = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x + branch + self.drop_path2(self.ls2_1(self.mlp1(self.norm21(x))))
+        one = self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))
+        other = self.drop_path1(self.ls1_1(self.attn1(self.norm11(x), last=last)))
+        x = add_branch(add_branch(x[:, -one.shape[1] :], one), other)
+        one = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        other = self.drop_path2(self.ls2_1(self.mlp1(self.norm21(x))))
+        return add_branch(add_branch(x, one), other)
 
 
 class ParallelDeiT(DeiT):

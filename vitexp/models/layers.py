@@ -337,11 +337,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *, last: int | None = None) -> Tensor:
         """(b, n, d) of tokens (b, n, d); with `last` that many at the end, for which the others are only looked at."""
         branch = self.attn(self.norm1(x), last=last)
-        x = _residual(x[:, -branch.shape[1] :], self.drop_path1(self.ls1(branch)), self.residual_scale)
-        return _residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.residual_scale)
+        x = add_branch(x[:, -branch.shape[1] :], self.drop_path1(self.ls1(branch)), self.residual_scale)
+        return add_branch(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.residual_scale)
 
 
-def _residual(x: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+def add_branch(x: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
     """x + branch / scale. A bf16 branch is widened first, as the sum does inside too, and that copy then holds it."""
     if (x.dtype, branch.dtype) == (torch.float32, torch.bfloat16):
         widened = branch.float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitexp.errors import UserError
 from vitexp.models.checks import one_of
 from vitexp.models.pos_embed import POSITION_MODES, Grid, infer_grid, resize_pos_embed, square_side
-from vitexp.models.weights_files import LVVIT_STEM, T2T_STEM, is_mae_decoder, read_weights
+from vitexp.models.weights_files import HMLP_STEM, LVVIT_STEM, T2T_STEM, is_mae_decoder, read_weights
 
 HEAD_CHOICES = ("auto", "keep", "fresh")
 # The official codes of LV-ViT, DeiT and T2T-ViT and transformers resize as MAE's does. timm's keys are those of a plain
@@ -311,6 +311,11 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         return "\nThe file is an LV-ViT: model=lvvit_tiny, lvvit_small, lvvit_medium or lvvit_large"
     if LVVIT_STEM in missing:
         return "\nThe file has no LV-ViT stem: model=vit_base and the like"
+    for keys, option, stem in ((unexpected, "deit3_small_18x2", "hmlp"), (missing, "deit3_small", "linear")):
+        if any(key.endswith("attn1.proj.weight") for key in keys):
+            return f"\nOnly one of the two has blocks with two attentions: model={option} and the like"
+        if HMLP_STEM in keys:
+            return f"\nOnly one of the two has the hMLP stem: model.stem={stem}"
     if "dist_token" in unexpected:
         return "\nThe file is a distilled DeiT: model=deit_base_distilled and the like, or model.distilled=true"
     if "dist_token" in missing:
@@ -323,7 +328,7 @@ def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], 
         return "\nThe file normalises after pooling: model.pool=mean model.norm=after_pool"
     if missing + unexpected == ["pos_embed"]:
         return f"\nmodel.position_embedding={'sincos_big_vision' if missing else 'learned'} would fit"
-    if missing + unexpected and all(re.search(r"\.ls[12]\.gamma$", key) for key in missing + unexpected):
+    if missing + unexpected and all(re.search(r"\.ls[12](_1)?\.gamma$", key) for key in missing + unexpected):
         return f"\nOnly one of the two has LayerScale: model.layer_scale={'1.0e-4' if unexpected else 'null'}"
     if all(key.endswith("qkv.bias") for key in unexpected + missing):
         return f"\nOnly one of the two has q, k, v biases: model.qkv_bias={str(bool(unexpected)).lower()}"

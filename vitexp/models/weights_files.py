@@ -31,6 +31,7 @@ from vitexp.models.weights_transformers import has_transformers_names, transform
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar")  # .pth.tar, as ImageNet codes name them, is no archive
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
+HMLP_STEM = "patch_embed.proj.7.weight"
 LVVIT_STEM = "patch_embed.conv3.weight"
 T2T_STEM = "tokens_to_token.project.weight"
 
