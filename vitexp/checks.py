@@ -407,11 +407,9 @@ def _written_signature(module_name: str, name: str, key: str) -> tuple[list[str]
                 n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)
             ]
             annotated = {n.target.id: aliases.visit(n.annotation) for n in fields if isinstance(n.target, ast.Name)}
-            parent = (
-                aliases.origin.get(node.bases[0].id) if node.bases and isinstance(node.bases[0], ast.Name) else None
-            )
-            if parent is not None and not annotated:  # its constructor is another module's class's
-                return _written_signature(*parent, key)
+            bases = [aliases.origin.get(base.id) for base in node.bases if isinstance(base, ast.Name)]
+            if not annotated and bases and bases[0] is not None:  # another module's class has the constructor
+                return _written_signature(*bases[0], key)
             return list(annotated), annotated, False
         node = function
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
