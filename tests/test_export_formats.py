@@ -16,12 +16,17 @@ from vitexp.export_formats import FORMATS, is_installed, largest_difference
 from vitexp.models.deit import DeiT
 from vitexp.models.lvvit import LVViT
 from vitexp.models.t2t import T2TViT
+from vitexp.models.t2t_dense import DenseT2TViT
+from vitexp.models.t2t_variants import GhostT2TViT, SqueezeExciteT2TViT
 from vitexp.models.timm_backbone import TimmBackbone
 from vitexp.models.vit import VisionTransformer
 from vitexp.trained import TrainedRun, load_run
 
 CLASSES = ["cat", "dog", "bird", "fish", "cow"]
 SIZE = {"image_size": [24, 32], "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+T2T = {"image_size": [32, 48], "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}
+DENSE = {key: T2T[key] for key in ("image_size", "num_heads", "num_classes")}
+DENSE |= {"stem_dim": 24, "depths": [1, 1], "growth": 12}
 MODELS = {
     "vit": (VisionTransformer, SIZE),
     "vit_tanh": (VisionTransformer, SIZE | {"gelu": "tanh", "mlp_ratio": 2.5, "qkv_bias": False, "in_channels": 1}),
@@ -38,11 +43,14 @@ MODELS = {
     "deit_distilled": (DeiT, SIZE | {"distilled": True}),
     "deit3": (DeiT, SIZE | {"class_position": False, "layer_scale": 1e-4}),
     "lvvit": (LVViT, SIZE | {"stem_channels": 8}),
-    "t2t": (T2TViT, {"image_size": [32, 48], "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}),
+    "t2t": (T2TViT, T2T),
+    "t2t_se": (SqueezeExciteT2TViT, T2T),
+    "t2t_ghost": (GhostT2TViT, T2T),
+    "t2t_dense": (DenseT2TViT, DENSE),
     "resnet": (TimmBackbone, {"name": "test_resnet", "image_size": [24, 32], "num_classes": 5}),
     "timm_vit": (TimmBackbone, {"name": "test_vit", "image_size": [32, 48], "num_classes": 5, "in_channels": 1}),
 }
-TIMM = [name for name in MODELS if name not in ("lvvit", "t2t")]
+TIMM = [name for name in MODELS if not name.startswith(("lvvit", "t2t"))]
 HF = ["vit", "vit_tanh", "vit_probe", "deit", "deit_distilled"]
 
 
@@ -109,7 +117,8 @@ def test_transformers_computes_the_same_logits(tmp_path, kind):
     compared("hf", trained(kind, tmp_path / "run"), tmp_path / "out")
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("deit_distilled", "lvvit", "t2t", "resnet")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS if kind.startswith(("lvvit", "t2t"))]
+SLOW += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("deit_distilled", "resnet")]
 
 
 @pytest.mark.parametrize("kind", ["vit", *SLOW])
@@ -170,6 +179,7 @@ def test_transformers_knows_the_classes_and_prepares_a_picture_as_the_run_does(t
     [
         ("timm", "lvvit", {}, "timm has no LVViT"),
         ("timm", "t2t", {}, "timm has no T2TViT"),
+        ("timm", "t2t_dense", {}, "timm has no DenseT2TViT"),
         ("timm", "vit", {"norm_eps": 1e-5}, "norm_eps"),
         ("timm", "vit", {"attention_scale": 0.1}, "attention_scale"),
         ("timm", "vit", {"representation_dim": 8}, "representation_dim"),

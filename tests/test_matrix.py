@@ -88,6 +88,16 @@ MODELS = {
     ),
     "t2t-performer": Model("t2t", NO_PATCHES, no_mae=OVERLAP, fixed=SINUSOID),
     "t2t-transformer": Model("t2t", NO_PATCHES | {"token_module": "transformer"}, no_mae=OVERLAP, fixed=SINUSOID),
+    "t2t-se": Model("t2t_14_se", NO_PATCHES | {"embed_dim": 64}, no_mae=OVERLAP, fixed=SINUSOID),
+    "t2t-ghost": Model("t2t_16_ghost", NO_PATCHES, no_mae=OVERLAP, fixed=SINUSOID),
+    "t2t-dense": Model(
+        "t2t_dense",
+        {key: NO_PATCHES[key] for key in ("image_size", "num_heads", "token_dim")}
+        | {"stem_dim": 8, "depths": [1, 1], "growth": 4},
+        no_mae=OVERLAP,
+        fixed=SINUSOID,
+        last=("blocks.1.", "blocks.2.", "norm.", "head."),  # what halves the width, and the block behind it
+    ),
     "timm-convolutional": Model(
         "timm",
         {"name": "test_resnet", "image_size": 16},
@@ -269,6 +279,9 @@ IN_THE_GUIDE = {
     "`vit`": ("vit", "vit-mean", "vit-of-mae", "vit-of-big-vision"),
     "`deit`, `deit3_*`": ("deit", "deit-distilled", "deit3", "deit3-parallel", "deit3-hmlp"),
     "`t2t`": ("t2t-performer", "t2t-transformer"),
+    "`t2t_14_se`": ("t2t-se",),
+    "`t2t_16_ghost`": ("t2t-ghost",),
+    "`t2t_dense`": ("t2t-dense",),
     "`lvvit`": ("lvvit",),
     "`timm`, a plain ViT": ("timm-vit",),
     "`timm`, any other": ("timm-convolutional",),

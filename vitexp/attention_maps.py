@@ -21,9 +21,10 @@ from vitexp.errors import UserError
 from vitexp.evaluators.classification import evaluation_mode
 from vitexp.models.deit_parallel import ParallelBlock
 from vitexp.models.layers import Attention
+from vitexp.models.t2t_variants import GhostAttention, SqueezeExciteAttention
 
-# Subclasses and other attentions (relative positions, windows) have further terms in their softmax.
-_PLAIN = (Attention, TimmAttention)
+# Other subclasses and attentions (relative positions, windows) have further terms in their softmax.
+_PLAIN = (Attention, SqueezeExciteAttention, GhostAttention, TimmAttention)
 
 
 @dataclass(frozen=True)

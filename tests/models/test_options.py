@@ -11,11 +11,13 @@ from vitexp.models.build import model_options
 from vitexp.models.deit import DeiT
 from vitexp.models.lvvit import LVViT
 from vitexp.models.t2t import T2TViT
+from vitexp.models.t2t_dense import DenseT2TViT
 from vitexp.models.vit import VisionTransformer
 
 
 @pytest.mark.parametrize(
-    ("option", "model"), [("vit", VisionTransformer), ("deit", DeiT), ("lvvit", LVViT), ("t2t", T2TViT)]
+    ("option", "model"),
+    [("vit", VisionTransformer), ("deit", DeiT), ("lvvit", LVViT), ("t2t", T2TViT), ("t2t_dense", DenseT2TViT)],
 )
 def test_a_yaml_lists_every_constructor_option_with_its_default(option: str, model: type[nn.Module]) -> None:
     listed = model_options(option)

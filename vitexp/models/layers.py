@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -288,7 +288,11 @@ class Attention(nn.Module):
                     q, k, v, attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale
                 )
             out = out.transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(self.norm(out)))
+        return self.project(out)
+
+    def project(self, gathered: Tensor) -> Tensor:
+        """(b, n, d) what leaves the layer, of what its heads have gathered, side by side."""
+        return self.proj_drop(self.proj(self.norm(gathered)))
 
 
 class Block(nn.Module):
@@ -296,6 +300,8 @@ class Block(nn.Module):
 
     `dropout` follows the attention's output projection and both dense layers of the MLP (ViT appendix B.1).
     `residual_scale` divides what attention and MLP add to x (LV-ViT, arXiv:2104.10858)."""
+
+    attention_layer: ClassVar[type[Attention]] = Attention  # a block with another one names it in a subclass
 
     def __init__(
         self,
@@ -317,7 +323,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual_scale = residual_scale
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(
+        self.attn = self.attention_layer(
             dim,
             num_heads,
             qkv_bias=qkv_bias,

@@ -225,7 +225,7 @@ class T2TViT(VisionTransformer):
         _draw(self)
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
-        self.pos_embed.copy_(sinusoid_pos_embed(self.pos_embed.shape[1], self.embed_dim))
+        self.pos_embed.copy_(sinusoid_pos_embed(*self.pos_embed.shape[1:]))
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
     token; or sincos_big_vision, that of the better plain ViT baseline, a buffer outside the state dict without such a
     row. Raises UserError for what does not fit together."""
 
-    block_layer: ClassVar[type[Block]] = Block
+    block_layer: ClassVar[type[Block]] = Block  # a model with other blocks names them in a subclass
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ HEAD_CHOICES = ("auto", "keep", "fresh")
 # The official codes of LV-ViT, DeiT and T2T-ViT and transformers resize as MAE's does. timm's keys are those of a plain
 # DeiT, too: there the model says how (`position_mode`).
 _POSITION_MODE_OF = dict.fromkeys(("mae", "lvvit", "deit", "deit3", "t2t", "transformers"), "mae") | {"jax": "jax"}
+# What only the blocks of one T2T-ViT hold, and a model that has such blocks.
+_T2T_PARTS = {".se_layer.": "t2t_14_se", ".cheap_operation": "t2t_16_ghost", ".dense_linear.": "t2t_dense"}
 
 
 @dataclass(frozen=True)
@@ -300,10 +302,15 @@ def _misfit(
 def _hint(own: Mapping[str, Tensor], missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
     if all(map(is_mae_decoder, missing + unexpected + misshaped)):
         return "\nOnly the decoder differs: load_weights(model.encoder, ...) loads the encoder alone"
+    for part, option in _T2T_PARTS.items():
+        if any(part in key for key in unexpected):
+            return f"\nThe file is a T2T-ViT with other blocks: model={option}"
     if T2T_STEM in unexpected:
         return "\nThe file is a T2T-ViT: model=t2t_7 to t2t_24, or t2t_t_14 to t2t_t_24"
     if T2T_STEM in missing:
         return "\nThe file has no soft splits of T2T-ViT: model=vit_base, deit_base and the like"
+    if any(part in key for key in missing for part in _T2T_PARTS):
+        return "\nThe file is a T2T-ViT with plain blocks: model=t2t_7 to t2t_24, or t2t_t_14 to t2t_t_24"
     if any(key.startswith("tokens_to_token.") for key in missing):
         other = "transformer" if "tokens_to_token.attention1.attn.qkv.weight" in unexpected else "performer"
         return f"\nThe file has another module between its soft splits: model.token_module={other}"
