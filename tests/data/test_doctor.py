@@ -114,6 +114,13 @@ def test_a_class_missing_in_a_split_and_uneven_classes_are_named(tmp_path: Path)
     assert "1 picture of train without a label" in checks["classes"].says
 
 
+def test_one_class_is_none_to_learn(tmp_path: Path):
+    files = {f"train/cat/{n}.png": file_of(scene(n, 20, 20)) for n in range(20)}
+    checks, _ = found_in(folder(str(write_folder(tmp_path / "one", files))))
+    assert checks["classes"].verdict == SPOILS
+    assert "there is one, cat" in checks["classes"].says
+
+
 def test_parquet_is_looked_at_as_its_files_are(sick: Source, tmp_path: Path):
     files = {name: (Path(sick.location) / "train" / name).read_bytes() for name in sick.train.names}
     table = parquet(str(write_parquet(tmp_path / "t.parquet", files)), val_fraction=0)

@@ -332,6 +332,10 @@ def test_labels_beyond_the_class_names_and_doubled_names_are_refused(tmp_path: P
     path = write_parquet(tmp_path / "a.parquet", library(1), labels=[0, 1, 3])
     with pytest.raises(UserError, match="row 2: label=3, but the 3 classes are numbered 0 to 2"):
         parquet(str(path))
+    data = pa.array(list(library(1).values()), pa.binary())
+    pq.write_table(pa.table({"image": data, "label": [0, 1, 10**9]}), tmp_path / "far.parquet")
+    with pytest.raises(UserError, match=r"far\.parquet: row 2: label=1000000000, but there are only 3 pictures"):
+        parquet(str(tmp_path / "far.parquet"))
     path = write_parquet(tmp_path / "a.parquet", library(1), classes=[*CLASSES, "cat"])
     with pytest.raises(UserError, match="two classes of 'label' are called 'cat'"):
         parquet(str(path))

@@ -436,6 +436,9 @@ def classes(source: Source) -> Check:
             said.append(f"{_pictures(int(per_class[0]))} of {split} without a label")
             verdict = SPOILS
     advice = "what is not in train cannot be learned, what is not in val is not measured" if said else ""
+    if len(source.classes) == 1:
+        said.append(f"there is one, {listed(source.classes)}")
+        verdict, advice = SPOILS, "a classifier needs two at least; a folder holds one folder a class"
     return Check("classes", verdict, "; ".join(said) or f"all {len(source.classes):,} are in every split", advice)
 
 

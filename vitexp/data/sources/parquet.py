@@ -19,6 +19,8 @@ from vitexp.data.images import Source, check_channels, decode, listed, printable
 from vitexp.data.memory import available_memory
 from vitexp.errors import BadImage, UserError, nearest
 
+MOST_CLASSES = 100_000  # without names for them, unless there are more pictures: each number below the largest is one
+
 
 class TableImages:
     """Encoded pictures held in memory, each a slice of an Arrow buffer, so that loader workers share them."""
@@ -244,6 +246,12 @@ def _labels(
         numbers = np.searchsorted(named, values).astype(np.int64)
     elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         numbers = column.cast(pa.int64()).to_numpy()
+        if not (named or train_classes) and int(numbers.max()) > max(MOST_CLASSES, len(numbers)):
+            row = int(numbers.argmax())
+            raise UserError(
+                f"{where.name(row)}: {name}={numbers[row]}, but there are only {len(numbers):,} pictures; classes are "
+                "numbered from 0 on"
+            )
         named = named or train_classes or [str(k) for k in range(max(int(numbers.max()) + 1, 1))]
     else:
         raise UserError(f"{where.name(0)}: column {name!r} is {column.type}; a label is a whole number or a string")
