@@ -148,7 +148,10 @@ def _hydra(arguments: list[str]) -> int:
         found = of_summary(Path(config.output_dir), metric=None)  # for sweepers, which choose by it
         return None if found is None else found[1]
 
-    sys.argv = ["vitexp", *arguments]
+    # Options first: the parser of arguments takes no settings on both sides of one.
+    settings = [text for text in rest if text.startswith("~") or ("=" in text and not text.startswith("-"))]
+    options = [text for text in rest if text not in settings]
+    sys.argv = ["vitexp", *(["--config-dir", config_dir] if config_dir else []), *options, *settings]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     for overrides, code in failed:
         complain(f"failed with exit code {code}: {overrides}")
@@ -185,6 +188,8 @@ def _take_option(arguments: list[str], *names: str) -> str | None:
                     raise UserError(f"{name}: needs a value")
                 value = arguments.pop(position + 1)
             arguments.pop(position)
+            if not value:
+                raise UserError(f"{name}=: needs a value")
             return value
     return None
 

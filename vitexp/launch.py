@@ -52,6 +52,12 @@ def exit_code_of(work: Callable[[], object]) -> int:
         if wanted:
             traceback.print_exc()
         first = (str(error).strip().splitlines() or ["no message"])[0]
+        if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
+            complain(
+                f"this does not fit into memory: {first}\n"
+                "a smaller train.batch_size, model.image_size or model takes less; python -m vitexp plan says how much"
+            )
+            return 1
         complain(f"{type(error).__name__}: {first}\nthis is a bug or a broken part; set VITEXP_DEBUG=1 to see where")
         return 1
 

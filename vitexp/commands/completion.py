@@ -41,8 +41,8 @@ def main(arguments: list[str], config_dir: str | None) -> int:
         print("\n".join(candidates(arguments[0].removeprefix(LINE))))
         return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
-        given = arguments[0] if arguments else ""
-        raise UserError(f"completion {given}: expected one of {', '.join(SHELLS)}.{nearest(given, SHELLS)}")
+        given = " ".join(arguments)
+        raise UserError(f"completion {given}: expected one shell, of {', '.join(SHELLS)}.{nearest(given, SHELLS)}")
     names = sorted({"python", "python3", Path(sys.executable).name})
     print({"bash": BASH, "zsh": ZSH, "fish": FISH}[arguments[0]].replace("PYTHONS", " ".join(names)), end="")
     return 0

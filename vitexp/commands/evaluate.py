@@ -23,6 +23,8 @@ def main(arguments: list[str], config_dir: str | None) -> int:
     weights = [text.partition("=")[2] for text in arguments if text.startswith("weights=")]
     rest = [text for text in arguments if not text.startswith(("run=", "weights="))]
     if named:
+        if start := [text for text in rest if text.startswith("init_from=")]:
+            raise UserError(f"{start[-1]}: run={named[-1]} has weights of its own; give one of the two")
         uri, rest = take_uri(rest)
         run = locate(named[-1], uri=uri, weights=weights[-1] if weights else None, needed=[RAW_NAME])
         place, file = run.folder, run.weights or "model.safetensors"
