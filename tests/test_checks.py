@@ -73,6 +73,34 @@ BAD = {
     "optim.no_decay.tokens=false": ("optim.no_decay.tokens", "'optim.no_decay.token'"),
     "train.epochs=null train.max_steps=null": ("train.epochs=null", "give one"),
     "train.epochs=${train.epochs}": ("train.epochs", ""),
+    "train=null": ("train=null", "settings: epochs"),
+    "train=5": ("train=5", "settings: epochs"),
+    "~train.epochs": ("train.epochs: was taken out", "max_steps"),
+    "~data.mean": ("data.mean: was taken out", "std"),
+    "~model._target_": ("model._target_: was taken out", "image_size"),
+    "data.source=null": ("data.source=null", "_target_"),
+    "data.std=null": ("data.std=null", "[0.5, 0.5, 0.5]"),
+    "data.mean=[a,b,c]": ("data.mean=['a', 'b', 'c']", "a list of numbers"),
+    "data=parquet data.train=[5]": ("data.train=[5]", "a list of text"),
+    "data=folder data.root=''": ("data.root=''", "is empty"),
+    "init_from=''": ("init_from=''", "is empty"),
+    "output_dir=''": ("output_dir=''", "is empty"),
+    "augment.train=null": ("augment.train=null", "_target_"),
+    "augment.eval=null": ("augment.eval=null", "_target_"),
+    "evaluators.classification=null": ("evaluators.classification=null", "~evaluators.classification takes it out"),
+    "+evaluators.knn=5": ("evaluators.knn=5", "evaluators=knn"),
+    "optim.no_decay=null": ("optim.no_decay=null", "settings: bias"),
+    "optim.no_decay=5": ("optim.no_decay=5", "settings: bias"),
+    "optim.no_decay.names=null": ("optim.no_decay.names=null", "such as []"),
+    "optim.betas=null": ("optim.betas=null", "[0.9, 0.999]"),
+    "optim.optimizer=null": ("optim.optimizer=null", "_target_"),
+    "schedule._partial_=null": ("schedule._partial_=null", "stays"),
+    "+model._partial_=true": ("model._partial_=true", "stays"),
+    "runtime.threads=1000000000": ("runtime.threads=1000000000", "this machine has"),
+    "runtime.processes=100000": ("runtime.processes=100000", "this machine has"),
+    "+model=vit_tiny": ("+model=vit_tiny", "model=vit_tiny takes its place"),
+    "optim=adam,sgd": ("optim=adam,sgd", "--multirun"),
+    "seed=0,1": ("seed=0,1", "--multirun"),
 }
 
 
@@ -84,6 +112,11 @@ def test_a_mistake_is_named_with_what_is_allowed(overrides: str) -> None:
     for word in BAD[overrides]:
         assert word in text, text
     assert len(text.splitlines()) <= 3, text
+
+
+@pytest.mark.parametrize("overrides", ["~evaluators.classification", "~model.depth", "augment=deit augment.batch=null"])
+def test_what_can_do_without_is_taken_out(overrides: str) -> None:
+    compose_and_check(overrides.split(" "))
 
 
 def test_the_sets_without_decay_are_those_of_optim() -> None:

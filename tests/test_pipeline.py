@@ -547,6 +547,7 @@ def test_a_mistake_is_one_clear_error_before_anything_runs(
     ("content", "words"),
     [
         ({"name": "tiny", "stages": {"a": {"parent": "b"}, "b": {}}}, "pipeline.stages.a.parent=b: no stage before it"),
+        ({"name": "tiny", "stages": {"a": {}, "b": {"parent": ["a"]}}}, "pipeline.stages.b.parent=['a']: no stage"),
         ({"name": "tiny", "stages": {"train": {}}}, "pipeline.stages.train: a stage's name"),
         ({"name": "tiny", "stages": {"plots": {}}}, "pipeline.stages.plots: a stage's name"),
         ({"name": "tiny", "stages": {"a/b": {}}}, "pipeline.stages.a/b: a stage's name"),

@@ -70,6 +70,9 @@ def test_settings_of_the_sweep_are_checked() -> None:
         ("sweep.job=2", "Did you mean 'jobs'"),
         ("sweep.jobs=0", "sweep.jobs=0: expected"),
         ("sweep=slrum", "slrum"),
+        ("sweep.metric=5", "sweep.metric=5: expected text or null"),
+        ("sweep.launcher=null", "sweep.launcher=null: expected a component"),
+        ("sweep.launcher=5", "sweep.launcher=5: expected a component"),
     ):
         with pytest.raises(UserError, match=said):
             sweep_settings([wrong])
@@ -80,6 +83,21 @@ def test_a_mistake_in_any_value_is_said_before_a_job_starts(tmp_path: Path) -> N
         with pytest.raises(UserError):
             sweep.main([*RUN, wrong, f"output_dir={tmp_path / 'sweep'}"], None)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["seed=range(0,5,0)"], "has no end"),
+        (["seed=range(0,1000000000)"], "holds 1,000,000,000 values"),
+        (["seed=range(0,200)", "train.epochs=range(1,200)"], "are 39,800 jobs"),
+        (["seed=0,1", "output_dir=a,b"], "expected one folder"),
+        (["seed=0,1", "output_dir=null"], "expected one folder"),
+    ],
+)
+def test_a_sweep_without_end_or_place_is_refused(wrong: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        print(folder_of(wrong, experiment="mine"), jobs_of(wrong, None))
 
 
 # ---- what each has, and what becomes of it ---------------------------------------------------------------------------

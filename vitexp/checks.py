@@ -138,6 +138,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 NO_DECAY_SETS = ("default", "none", "mae_pretrain", "mae_finetune", "deit", "big_vision", "timm")
 IN_MLFLOW = ("mlflow:", "runs:/")  # a run there; it is looked up when it is needed
 PATHS = ("run", "init_from", "data.root", "data.train", "data.val")
+NOT_EMPTY = ("name", "output_dir", *PATHS)  # an empty path would mean the folder one happens to be in
+A_CORE = {"runtime.processes": 32, "runtime.threads": 64}  # far more than is of use, fewer than a machine breaks at
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,6 +153,30 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_shape(config: dict[str, Any], defaults: dict[str, Any], prefix: str = "", *, needed: bool = True) -> None:
+    """Raises UserError where settings were taken out that are needed, or something else stands in their place.
+
+    defaults: what the chosen options make, so a component is where one has to be. Its arguments are not `needed`, for
+    it has defaults of its own, nor is an evaluator."""
+    for name, default in defaults.items():
+        key = f"{prefix}{name}"
+        if name not in config:
+            if needed or name == "_target_":
+                raise UserError(f"{key}: was taken out, and is needed; {prefix.rstrip('.')} has: {', '.join(defaults)}")
+            continue
+        value, component = config[name], isinstance(default, dict) and "_target_" in default
+        if isinstance(default, dict) and not isinstance(value, dict):
+            if key == "augment.batch" or (key == "optim.no_decay" and isinstance(value, str)):
+                continue  # judged below
+            expected = "a component with its _target_" if component else f"settings: {', '.join(map(str, default))}"
+            off = f"; ~{key} takes it out" if prefix == "evaluators." else ""
+            raise UserError(f"{key}={show(value)}: expected {expected}{off}")
+        if component and value.get("_partial_", False) != default.get("_partial_", False):
+            raise UserError(f"{key}._partial_={show(value.get('_partial_'))}: stays as it is, for what calls it knows")
+        if isinstance(default, dict):
+            check_shape(value, default, f"{key}.", needed=not component and key != "evaluators")
 
 
 def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -167,6 +193,15 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
             raise UserError(f"{key}={show(value)}: expected one of {', '.join(words)}.{nearest(show(value), words)}")
         if key not in RANGES and key not in CHOICES and not _has_signature(config, key):
             _check_kind(key, value, usual.get(key))
+            if value is None and usual.get(key) is not None and not _in_component(config, key):
+                raise UserError(f"{key}=null: expected a value, such as {show(usual[key])}")
+        if key in NOT_EMPTY and value == "":
+            raise UserError(f"{key}='': is empty; expected {'a name' if key == 'name' else 'a path'}")
+        if key in A_CORE and isinstance(value, int) and value > A_CORE[key] * (os.cpu_count() or 1):
+            raise UserError(
+                f"{key}={value}: expected at most {A_CORE[key] * (os.cpu_count() or 1)}; this machine has "
+                f"{os.cpu_count()} cores"
+            )
     betas, two = _select(config, "optim.betas"), usual.get("optim.betas")
     fits = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas or ())
     if betas is not None and two is not None and not (fits and len(betas) == len(two)):
@@ -186,7 +221,7 @@ def check_values(config: dict[str, Any], defaults: dict[str, Any]) -> None:
             if key != "init_from" or not (value.startswith(IN_MLFLOW) or is_hub_name(value)):
                 _check_path(key, value)
         elif isinstance(value, list):
-            for one in value:
+            for one in filter(lambda one: isinstance(one, str), value):
                 _check_path(key, one)
 
 
@@ -200,6 +235,11 @@ def _has_signature(config: dict[str, Any], key: str) -> bool:
     return annotation is not None and _is_plain(annotation)
 
 
+def _in_component(config: dict[str, Any], key: str) -> bool:
+    places = key.split(".")
+    return any("_target_" in (_select(config, ".".join(places[:n])) or {}) for n in range(1, len(places)))
+
+
 def _check_kind(key: str, value: Any, default: Any) -> None:
     if default is None or value is None or str(default) == "???" or "${" in str(default):
         return
@@ -207,7 +247,13 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
         if isinstance(default, kind):
             if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
                 raise UserError(f"{key}={show(value)}: expected {word}, such as {show(default)}")
+            if isinstance(default, list) and default and _are_numbers(default) and not _are_numbers(value):
+                raise UserError(f"{key}={value}: expected a list of numbers, such as {default}")
             return
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
 
 
 def _check_path(key: str, value: str) -> None:
@@ -310,6 +356,11 @@ def check_components(resolved: dict[str, Any], raw: dict[str, Any]) -> None:
     """Raises UserError for a `_target_` that is not allowed or missing, and for arguments it does not take.
 
     raw is the same tree before interpolation: an error names the key a person set, not the one that refers to it."""
+    for name, node in resolved.get("evaluators", {}).items():
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise UserError(
+                f"evaluators.{name}={show(node)}: expected a component with its _target_; see evaluators=knn"
+            )
     batch = _select(resolved, "augment.batch")
     if batch is not None and not (isinstance(batch, dict) and "_target_" in batch):
         raise UserError(

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -74,6 +75,15 @@ class RuntimeConfig:
 
 
 @dataclass
+class SweepConfig:
+    jobs: int
+    time_limit: float | None
+    silence_limit: float | None
+    metric: str | None
+    maximize: bool
+
+
+@dataclass
 class RunConfig:
     """The keys of a run that are not components, typed; components stay mappings with a `_target_`."""
 
@@ -102,6 +112,7 @@ class RunConfig:
 
 EXCHANGEABLE = ("data", "augment", "evaluators", "runtime", "tracking")  # groups that a finished run's weights allow
 CONFIG_NAME, RAW_NAME = "config.yaml", "config.interpolated.yaml"  # in a run folder: resolved, and as composed
+MOST_JOBS = 10_000  # of a sweep, each with a folder and a line of the ledger, which is written at each start and end
 TYPED = {"stage": StageConfig, "train": TrainConfig, "runtime": RuntimeConfig}
 
 
@@ -143,6 +154,8 @@ def sweep_axes(overrides: Iterable[str], config_dir: str | None = None, *, ends:
                 f"{part.key}=interval({part.low:g},{part.high:g}): has no steps to try one after another; give values, "
                 "range(first,end,step), or search it: sweep=optuna"
             )
+    if not ends and (count := math.prod(map(len, axes))) > MOST_JOBS:
+        raise UserError(f"the combinations of these values are {count:,} jobs; a sweep has at most {MOST_JOBS:,}")
     return axes
 
 
@@ -189,6 +202,8 @@ def search_space(overrides: Iterable[str], config_dir: str | None = None) -> lis
         elif isinstance(swept, IntervalSweep):
             found.append(_interval(text, key, swept))
         elif override.is_discrete_sweep():
+            if isinstance(swept, RangeSweep):
+                _check_range(text, swept)
             values = tuple(override.sweep_string_iterator())
             if not values:
                 raise UserError(f"{text}: holds no value to try; a range goes from its first number to below its last")
@@ -201,6 +216,15 @@ def search_space(overrides: Iterable[str], config_dir: str | None = None) -> lis
         else:
             found.append(text)
     return found
+
+
+def _check_range(text: str, swept: RangeSweep) -> None:
+    """Before its values are listed."""
+    start, stop = float(swept.start or 0), float(swept.stop or 0)
+    if swept.step == 0:
+        raise UserError(f"{text}: a range with steps of 0 has no end")
+    if (count := (stop - start) / float(swept.step)) > MOST_JOBS:
+        raise UserError(f"{text}: holds {count:,.0f} values; a sweep has at most {MOST_JOBS:,} jobs")
 
 
 def _interval(text: str, key: str, swept: IntervalSweep) -> Dimension:
@@ -241,6 +265,7 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 def compose_and_check(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The settings of one run from its overrides. Raises UserError naming the key at fault, before building."""
     parsed = parse_overrides(overrides)
+    _refuse_sweeps(parsed)
     groups, choices = _group_overrides(parsed, config_dir)
     base = _compose([o.input_line or "" for o in choices], config_dir)
     defaults = _plain(base, resolve=False)
@@ -262,6 +287,26 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
     # What each value was before a person's overrides tells its kind (text, number, list) to the checks.
     composed = _compose(overrides, config_dir)
     return check(composed, choices=group_choices(composed), defaults=defaults)
+
+
+def _refuse_sweeps(parsed: list[Override]) -> None:
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: stands for several values, and one run takes one; "
+                "a sweep is python -m vitexp --multirun …"
+            )
+
+
+def given_folder(overrides: Iterable[str]) -> Path | None:
+    """The output_dir of a sweep or pipeline as a whole, None where none is given. Raises UserError."""
+    given = [override for override in parse_overrides(list(overrides)) if override.key_or_group == "output_dir"]
+    if not given:
+        return None
+    folder = given[-1].value()
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"{given[-1].input_line}: expected one folder, in which each run has its own")
+    return Path(folder).expanduser().absolute()
 
 
 def compose_unjudged(overrides: list[str], config_dir: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
@@ -299,7 +344,9 @@ def sweep_settings(overrides: list[str], config_dir: str | None = None) -> dict[
         if override not in choices and override.type is not OverrideType.ADD and key not in keys:
             raise UserError(f"{override.input_line}: no such key.{nearest(key, keys)}\nsweep has: {', '.join(keys)}")
     settings = _plain(_compose(of_it, config_dir).sweep, resolve=False)
+    checks.check_shape({"sweep": settings}, {"sweep": known})
     checks.check_values({"sweep": settings}, {"sweep": known})
+    checks.check_fields(settings, SweepConfig, "sweep.")
     checks.check_components({"sweep": settings}, {"sweep": settings})
     return settings
 
@@ -314,6 +361,8 @@ def _group_overrides(parsed: list[Override], config_dir: str | None) -> tuple[di
     for choice in choices:
         name = choice.value()
         known = groups[choice.key_or_group]
+        if choice.type is OverrideType.ADD and (conf_dir() / choice.key_or_group).is_dir():
+            raise UserError(f"{choice.input_line}: there is one already; {choice.key_or_group}={name} takes its place")
         optional = name is None and choice.key_or_group in ("experiment", "debug")
         if choice.type is OverrideType.CHANGE and not optional and str(name) not in known:
             raise UserError(
@@ -380,6 +429,7 @@ def _check_resolved(resolved: dict[str, Any], *, raw: dict[str, Any], defaults: 
     for key in names:
         if key not in resolved:
             raise UserError(f"{key}: missing from this configuration")
+    checks.check_shape(resolved, {name: value for name, value in defaults.items() if name in names})
     for group, kind in TYPED.items():
         allowed = [f.name for f in fields(kind)]
         for key in resolved[group]:
@@ -441,7 +491,9 @@ def reload(run_dir: Path, overrides: list[str], config_dir: str | None = None) -
     choices = saved.pop("choices", {})
     known = _all_keys(saved, {}, "")
     config = OmegaConf.create(saved)
-    for override in parse_overrides(overrides):
+    parsed = parse_overrides(overrides)
+    _refuse_sweeps(parsed)
+    for override in parsed:
         key = override.key_or_group
         if key in EXCHANGEABLE and override.type is OverrideType.CHANGE:
             _, (choice,) = _group_overrides([override], config_dir)

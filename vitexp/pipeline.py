@@ -25,7 +25,15 @@ from typing import Any
 
 from vitexp.checks import leaves, show
 from vitexp.commands import label
-from vitexp.config import RunConfig, compose_and_check, parse_overrides, pipeline_settings, quoted, request_of
+from vitexp.config import (
+    RunConfig,
+    compose_and_check,
+    given_folder,
+    parse_overrides,
+    pipeline_settings,
+    quoted,
+    request_of,
+)
 from vitexp.config_paths import config_groups
 from vitexp.errors import UserError, nearest
 from vitexp.launch import ranks_given, run_command, run_in_processes
@@ -279,9 +287,10 @@ def _split(
 
 def _earlier(stage: str, key: str, links: Mapping[str, Any], earlier: Mapping[str, Stage]) -> Stage | None:
     wanted = links.get(key)
-    if wanted is not None and wanted not in earlier:
+    if wanted is not None and not (isinstance(wanted, str) and wanted in earlier):
         raise UserError(
-            f"pipeline.stages.{stage}.{key}={wanted}: no stage before it has that name.{nearest(str(wanted), earlier)}"
+            f"pipeline.stages.{stage}.{key}={show(wanted)}: no stage before it has that name."
+            f"{nearest(str(wanted), earlier)}"
         )
     return None if wanted is None else earlier[wanted]
 
@@ -338,9 +347,8 @@ def deal_out(overrides: list[str], *, stages: list[str], settings: set[str]) -> 
 
 def folder_of(planned: Pipeline, overrides: list[str], config_dir: str | None) -> Path:
     """Where the stages' folders lie: output_dir, or one that the same overrides in any order find again."""
-    given = [o.value() for o in parse_overrides(overrides) if o.key_or_group == "output_dir"]
-    if given:
-        return Path(str(given[-1])).expanduser().absolute()
+    if (given := given_folder(overrides)) is not None:
+        return given
     to_run = [stage for stage in planned.stages if stage.run is None]
     if not to_run:
         raise UserError(f"pipeline={planned.name}: all stages are finished runs; give output_dir= for the report")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vitexp.config import parse_overrides, sweep_axes, sweep_slug
+from vitexp.config import given_folder, sweep_axes, sweep_slug
 from vitexp.sweeps.ledger import Ledger
 
 # Settings of the sweep itself: no job hears of them.
@@ -77,9 +77,8 @@ def jobs_of(overrides: Sequence[str], config_dir: str | None) -> list[Job]:
 
 def folder_of(overrides: Sequence[str], *, experiment: str) -> Path:
     """Where the jobs' folders lie: output_dir, or one that the same overrides in any order find again."""
-    given = [override.value() for override in parse_overrides(list(overrides)) if override.key_or_group == "output_dir"]
-    if given:
-        return Path(str(given[-1])).expanduser().absolute()
+    if (given := given_folder(overrides)) is not None:
+        return given
     counted = sorted(without_the_sweeps(overrides))
     digest = hashlib.sha1("\n".join(counted).encode()).hexdigest()[:8]
     return Path("outputs", experiment, f"sweep-{digest}").absolute()
