@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -180,3 +182,45 @@ def test_one_mean_serves_all_channels_and_a_wrong_count_is_refused() -> None:
         normalise(gray, [0.5] * 3, [0.5] * 3)
     with pytest.raises(UserError, match=r"data\.std=\[0.0\]"):
         normalise(gray, [0.5], [0.0])
+
+
+def tensorflows_crop(
+    height: int, width: int, area: tuple[float, float], aspect: float, u: float
+) -> tuple[int, int] | None:
+    """Sides of one try of sample_distorted_bounding_box, step by step; None where the area is not allowed."""
+    least, most = area[0] * height * width, area[1] * height * width
+    tall, tallest = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+    while round(tallest * aspect) > width:
+        tallest -= 1
+    tallest = min(tallest, height)
+    tall = min(tall, tallest)
+    tall += int(u * (tallest - tall + 1))
+    if tall * round(tall * aspect) < least:
+        tall += 1
+    if tall * round(tall * aspect) > most:
+        tall -= 1
+    wide = round(tall * aspect)
+    inside = 0 < tall <= height and 0 < wide <= width
+    return (tall, wide) if inside and least <= tall * wide <= most else None
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (375, 500), (40, 9), (7, 300)])
+@pytest.mark.parametrize("area", [(0.05, 1.0), (0.4, 0.45)])
+def test_tensorflows_draw_is_its_operations_step_by_step(height: int, width: int, area: tuple[float, float]) -> None:
+    crop = ResizedCropFlip(16, area=area, aspect=(0.75, 1.33), draw="tensorflow")
+    u = uniforms(0, 0, np.arange(300), crop.num_uniforms)
+    for (top, left, tall, wide), row in zip(crop.boxes(height, width, u).tolist(), u, strict=True):
+        tries = (tensorflows_crop(height, width, area, 0.75 + 0.58 * row[10 + k], row[k]) for k in range(10))
+        expected = next((found for found in tries if found), (height, width))
+        assert (tall, wide) == expected
+        # TensorFlow draws a place below height - tall, so never the last one.
+        assert (top, left) == (int(row[20] * (height - tall)), int(row[21] * (width - wide)))
+
+
+def test_tensorflows_crops_are_smaller_in_the_mean() -> None:
+    means = {}
+    for draw in ("torchvision", "tensorflow"):
+        crop = ResizedCropFlip(16, area=(0.05, 1.0), draw=draw)
+        boxes = crop.boxes(375, 500, uniforms(0, 0, np.arange(20000), crop.num_uniforms))
+        means[draw] = (boxes[:, 2] * boxes[:, 3]).mean() / (375 * 500)
+    assert means == {"torchvision": pytest.approx(0.417, abs=0.01), "tensorflow": pytest.approx(0.342, abs=0.01)}

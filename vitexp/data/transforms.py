@@ -27,6 +27,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 DrawnInterpolation = Literal["bilinear", "bicubic", "random"]  # random: one of the two for each picture
 Box = tuple[float, float, float, float]  # top, left, height, width, in fractions of what it is cut from
 Resizer = Literal["torch", "pillow"]
+Draw = Literal["torchvision", "tensorflow"]
 _LONGEST = 16  # times the short side; of a longer picture the middle is taken before resizing: 4000x1 would be 600 MB
 _TRIES = 10  # random crops drawn before the central one is taken
 
@@ -176,6 +177,8 @@ class ResizedCropFlip:
     The draw is torchvision's RandomResizedCrop: area uniform in a share of the picture, aspect log-uniform; of ten
     tries the first that fits, else the largest central crop within the aspect range. MAE pretrains with
     area=[0.2, 1]. `retry=False`: one try, its sides cut to the picture's, as MAE's linear probe draws it.
+    `draw="tensorflow"` is sample_distorted_bounding_box, by which ViT and big_vision train: aspect uniform, and the
+    height uniform among those that the areas allow, so that small crops are more frequent; else the whole picture.
     `interpolation="random"` draws bilinear or bicubic for each picture, as timm does unless told otherwise."""
 
     num_uniforms = 2 * _TRIES + 3
@@ -187,6 +190,7 @@ class ResizedCropFlip:
         area: Sequence[float] = (0.08, 1.0),
         aspect: Sequence[float] = (3 / 4, 4 / 3),
         retry: bool = True,
+        draw: Draw = "torchvision",
         flip: float = 0.5,
         interpolation: DrawnInterpolation = "bicubic",
         resizer: Resizer = "torch",
@@ -196,30 +200,58 @@ class ResizedCropFlip:
         if len(aspect) != 2 or not 0 < aspect[0] <= aspect[1]:
             raise UserError(f"aspect={list(aspect)} is not [least, most] with 0 < least <= most")
         self.size, self.area, self.aspect, self.flip = _height_width(image_size), area, aspect, _probability(flip)
-        self.retry, self.tries = retry, _TRIES if retry else 1
+        self.retry, self.draw, self.tries = retry, draw, _TRIES if retry else 1
         self.interpolation: DrawnInterpolation = interpolation
         self.resizer: Resizer = resizer
         self.num_uniforms = 2 * self.tries + 3 + (interpolation == "random")
 
     def boxes(self, height: int, width: int, u: np.ndarray) -> np.ndarray:
         """(b, 4) whole numbers top, left, height, width within a picture of that size."""
-        area = height * width * (self.area[0] + (self.area[1] - self.area[0]) * u[:, : self.tries])
-        low, high = np.log(self.aspect[0]), np.log(self.aspect[1])
-        aspect = np.exp(low + (high - low) * u[:, self.tries : 2 * self.tries])
-        tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-        if not self.retry:
-            tall, wide = np.minimum(tall, height), np.minimum(wide, width)
-        fits = (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
+        of_size, of_aspect, place = np.split(u, [self.tries, 2 * self.tries], axis=1)
+        tensorflow = self.draw == "tensorflow"
+        if tensorflow:
+            tall, wide, fits = self._sides_of_tensorflow(height, width, of_size, of_aspect)
+        else:
+            area = height * width * (self.area[0] + (self.area[1] - self.area[0]) * of_size)
+            low, high = np.log(self.aspect[0]), np.log(self.aspect[1])
+            aspect = np.exp(low + (high - low) * of_aspect)
+            tall, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+            if not self.retry:
+                tall, wide = np.minimum(tall, height), np.minimum(wide, width)
+            fits = (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
         first, rows = fits.argmax(axis=1), np.arange(len(u))
         crop_h, crop_w = tall[rows, first], wide[rows, first]
-        place = u[:, 2 * self.tries :]
-        top, left = np.floor(place[:, 0] * (height - crop_h + 1)), np.floor(place[:, 1] * (width - crop_w + 1))
+        places = 0 if tensorflow else 1  # which never takes the last place of several
+        top = np.floor(place[:, 0] * (height - crop_h + places))
+        left = np.floor(place[:, 1] * (width - crop_w + places))
         boxes = np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
-        if not (fitted := fits.any(axis=1)).all():
+        fitted = fits.any(axis=1)
+        if tensorflow:
+            boxes[~fitted] = 0, 0, height, width
+        elif not fitted.all():
             central_h = min(height, max(round(width / self.aspect[0]), 1))
             central_w = min(width, max(round(height * self.aspect[1]), 1))
             boxes[~fitted] = (height - central_h) // 2, (width - central_w) // 2, central_h, central_w
         return boxes
+
+    def _sides_of_tensorflow(
+        self, height: int, width: int, of_size: np.ndarray, of_aspect: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(b, tries) heights, widths and whether the area is one allowed; as GenerateRandomCrop of TensorFlow."""
+        least, most = (share * height * width for share in self.area)
+        aspect = self.aspect[0] + (self.aspect[1] - self.aspect[0]) * of_aspect
+        low, high = np.rint(np.sqrt(least / aspect)), np.rint(np.sqrt(most / aspect))
+        widest = np.floor((width + 0.5 - 1e-7) / aspect)
+        widest -= np.rint(widest * aspect) > width
+        high = np.minimum(np.where(np.rint(high * aspect) > width, widest, high), height)
+        low = np.minimum(low, high)
+        tall = low + np.floor(of_size * (high - low + 1))
+        tall += tall * np.rint(tall * aspect) < least  # what rounding made too small or too large
+        tall -= tall * np.rint(tall * aspect) > most
+        wide = np.rint(tall * aspect)
+        area = tall * wide
+        allowed = (area >= least) & (area <= most) & (tall > 0) & (wide > 0) & (tall <= height) & (wide <= width)
+        return tall, wide, allowed
 
     def fixed(self, image: np.ndarray) -> np.ndarray:
         """The picture itself, (h, w, c): every crop is of another size."""
