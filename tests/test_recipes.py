@@ -28,7 +28,8 @@ from vitexp.optim import build_optimizer, parameter_groups, resolve_lr
 from vitexp.run import build_method, open_source
 
 IMAGENET = 1_281_167
-INCEPTION = {"area": [0.05, 1.0], "aspect": [0.75, 4 / 3], "flip": 0.5, "interpolation": "bilinear"}
+INCEPTION = {"area": [0.05, 1.0], "aspect": [0.75, 1.33], "draw": "tensorflow", "flip": 0.5}
+INCEPTION |= {"interpolation": "bilinear"}
 PAD_4_OF_32 = {"padding": 0.125, "flip": 0.5}
 VIT_B16 = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "class_token": True, "pool": "cls"}
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": True}
@@ -1545,3 +1546,13 @@ def _method(config: RunConfig, recipe: Recipe) -> nn.Module:
 
 def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.parametrize("name", ["vit_finetune_imagenet", "vit_finetune_cifar10", "vit_finetune_cifar100"])
+def test_vits_fine_tuning_resizes_positions_as_jax_does_whoever_wrote_the_weights(name: str, empty_file: Path) -> None:
+    assert _composed(name, empty_file).stage.position_mode == "jax"
+
+
+@pytest.mark.parametrize("name", ["vit_pretrain", "vit_imagenet21k", "vit_imagenet"])
+def test_the_hidden_layer_of_the_head_is_as_wide_as_the_model(name: str, empty_file: Path) -> None:
+    assert _composed(name, empty_file, "model=vit_large").model["representation_dim"] == 1024
