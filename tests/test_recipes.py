@@ -967,6 +967,18 @@ RECIPES = {
         statistics=([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
         data=(),
     ),
+    # README_cosub.md gives no command: DeiT III-S's, each picture twice through the model.
+    "deit3_small_cosub": _deit3(
+        DEIT3_S | {"drop_path": 0.05},
+        22_059_496,
+        294_912 + 12 * 1_769_472 + 384_000,
+        peak=4e-3,
+        epochs=800,
+        updates=626,
+        forwards=(256, 8),
+        pins={2: 8.008e-4, 401: 2.005e-3},
+        method={"binarize": True},
+    ),
 }
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -1556,3 +1568,11 @@ def test_vits_fine_tuning_resizes_positions_as_jax_does_whoever_wrote_the_weight
 @pytest.mark.parametrize("name", ["vit_pretrain", "vit_imagenet21k", "vit_imagenet"])
 def test_the_hidden_layer_of_the_head_is_as_wide_as_the_model(name: str, empty_file: Path) -> None:
     assert _composed(name, empty_file, "model=vit_large").model["representation_dim"] == 1024
+
+
+def test_cosub_is_deit3_small_but_for_its_method(empty_file: Path) -> None:
+    ours, plain = (_composed(name, empty_file) for name in ("deit3_small_cosub", "deit3_small"))
+    assert (ours.method.pop("_target_"), ours.method) == ("vitexp.methods.cosub.Cosub", {"binarize": True})
+    assert plain.method["loss"] == "binary", "of mixed pictures each class is right in both"
+    for group in ("model", "optim", "schedule", "augment", "data", "train", "stage"):
+        assert getattr(ours, group) == getattr(plain, group), group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,28 @@ def test_parallel_blocks_and_hmlp_stem_have_the_official_number_of_parameters(
     with torch.device("meta"):
         model = build_model(option, **settings)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("form", [{}, {"attention": "explicit"}, {"gradient_checkpointing": True}])
+def test_parallel_blocks_behind_an_hmlp_stem_give_the_official_numbers_and_gradients(
+    tmp_path: Path, form: dict
+) -> None:
+    state = load_file(GOLDEN / "deit_three_things.safetensors")
+    size = {"image_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+    model = build_model("deit3_small_18x2", **size, num_classes=3, stem="hmlp", **form).eval()
+    report = load_weights(model, saved(tmp_path, {"model": state}))
+    assert (report.family, report.head, report.missing, report.unexpected) == ("deit3", "kept", (), ())
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    with np.load(GOLDEN / "deit_three_things.npz") as arrays:
+        expected = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    torch.testing.assert_close(model(expected["images"]), expected["eval_output"], **close)
+    output = model.train()(expected["images"])
+    torch.testing.assert_close(output, expected["train_output"], **close)
+    output.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        official = re.sub(r"ls([12])(_1)?\.gamma$", r"gamma_\1\2", name)
+        torch.testing.assert_close(parameter.grad, expected.pop(f"grad/{official}"), **close, msg=name)
+    assert expected.keys() == {"images", "eval_output", "train_output"}
 
 
 OFFICIAL_BRANCHES = {  # in the official code's names: norm, what it feeds, its LayerScale
