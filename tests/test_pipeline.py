@@ -527,6 +527,7 @@ def test_without_a_folder_the_same_settings_in_any_order_find_their_own(workdir:
         (["tuned.model=vit_deb"], ["stage tuned: model=vit_deb: no such option", "vit_debug"]),
         (["tuned.train.epochs=-5"], ["stage tuned: train.epochs=-5"]),
         (["tuned"], ["'tuned': expected key=value"]),
+        (["seed=0,1"], ["seed=0,1: stands for several values", "start pipeline=tiny once for each"]),
         (["pipeline=tyni"], ["pipeline=tyni: no such option", "Did you mean 'tiny'?"]),
     ],
 )

@@ -265,7 +265,7 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 def compose_and_check(overrides: list[str], config_dir: str | None = None) -> RunConfig:
     """The settings of one run from its overrides. Raises UserError naming the key at fault, before building."""
     parsed = parse_overrides(overrides)
-    _refuse_sweeps(parsed)
+    refuse_sweeps(parsed)
     groups, choices = _group_overrides(parsed, config_dir)
     base = _compose([o.input_line or "" for o in choices], config_dir)
     defaults = _plain(base, resolve=False)
@@ -289,13 +289,11 @@ def compose_and_check(overrides: list[str], config_dir: str | None = None) -> Ru
     return check(composed, choices=group_choices(composed), defaults=defaults)
 
 
-def _refuse_sweeps(parsed: list[Override]) -> None:
+def refuse_sweeps(parsed: list[Override], *, instead: str = "a sweep is python -m vitexp --multirun …") -> None:
+    """Raises UserError for an override of several values."""
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(
-                f"{override.input_line}: stands for several values, and one run takes one; "
-                "a sweep is python -m vitexp --multirun …"
-            )
+            raise UserError(f"{override.input_line}: stands for several values, and one run takes one; {instead}")
 
 
 def given_folder(overrides: Iterable[str]) -> Path | None:
@@ -492,7 +490,7 @@ def reload(run_dir: Path, overrides: list[str], config_dir: str | None = None) -
     known = _all_keys(saved, {}, "")
     config = OmegaConf.create(saved)
     parsed = parse_overrides(overrides)
-    _refuse_sweeps(parsed)
+    refuse_sweeps(parsed)
     for override in parsed:
         key = override.key_or_group
         if key in EXCHANGEABLE and override.type is OverrideType.CHANGE:

@@ -32,6 +32,7 @@ from vitexp.config import (
     parse_overrides,
     pipeline_settings,
     quoted,
+    refuse_sweeps,
     request_of,
 )
 from vitexp.config_paths import config_groups
@@ -218,6 +219,7 @@ def plan(overrides: list[str], config_dir: str | None) -> Pipeline:
     name, table, baseline = (settings.get(key) for key in ("name", "stages", "baseline"))
     if not name or not isinstance(table, dict) or not table:
         raise UserError(f"pipeline={name}: a pipeline's file has a name and, under stages, its stages in order")
+    refuse_sweeps(parse_overrides(overrides), instead=f"start pipeline={name} once for each")
     taken = {*(field.name for field in fields(RunConfig)), *config_groups(config_dir), "hydra"}
     common, own = deal_out(overrides, stages=list(table), settings=taken)
     planned: dict[str, Stage] = {}
