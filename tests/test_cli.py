@@ -152,3 +152,7 @@ def test_a_finished_run_keeps_its_model(tmp_path):
     assert reload(tmp_path, ["train.batch_size=7"]).train.batch_size == 7
     with pytest.raises(UserError, match="model=vit_huge: a run keeps its model"):
         reload(tmp_path, ["model=vit_huge"])
+    folder = reload(tmp_path, ["data=folder", f"data.root={tmp_path}"])  # whose settings are other ones
+    assert folder.choices["data"] == "folder"
+    assert reload(tmp_path, ["data=digits", "runtime=default"]).choices["data"] == "digits"
+    assert reload(tmp_path, ["augment=none", "evaluators=knn"]).choices["augment"] == "none"

@@ -487,23 +487,26 @@ def reload(run_dir: Path, overrides: list[str], config_dir: str | None = None) -
     if not isinstance(saved, dict):
         raise UserError(f"{path}: not the configuration of a run")
     choices = saved.pop("choices", {})
-    known = _all_keys(saved, {}, "")
-    config = OmegaConf.create(saved)
+    config, defaults = OmegaConf.create(saved), dict(saved)
     parsed = parse_overrides(overrides)
     refuse_sweeps(parsed)
+    of_groups = [o for o in parsed if o.key_or_group in EXCHANGEABLE and o.type is OverrideType.CHANGE]
+    for override in of_groups:
+        key, (_, (choice,)) = override.key_or_group, _group_overrides([override], config_dir)
+        config[key] = _compose([choice.input_line or ""], config_dir)[key]
+        defaults[key] = _plain(config[key], resolve=False)
+        choices[key] = str(choice.value())
+    known = _all_keys(defaults, {}, "")
     for override in parsed:
         key = override.key_or_group
-        if key in EXCHANGEABLE and override.type is OverrideType.CHANGE:
-            _, (choice,) = _group_overrides([override], config_dir)
-            config[key] = _compose([choice.input_line or ""], config_dir)[key]
-            choices[key] = str(choice.value())
+        if override in of_groups:
             continue
         if key not in known or override.type is not OverrideType.CHANGE:
             raise UserError(f"{override.input_line}: this run has no key {key!r}.{nearest(key, known)}")
         if isinstance(saved[key.partition(".")[0]], dict) and "." not in key:
             raise UserError(f"{override.input_line}: a run keeps its {key}; what can change is below it: {key}.<key>=…")
         OmegaConf.update(config, key, override.value())
-    return check(config, choices=choices, defaults=saved)
+    return check(config, choices=choices, defaults=defaults)
 
 
 def build(node: dict[str, Any], **given: Any) -> Any:
