@@ -98,6 +98,7 @@ BAD = {
     "+model._partial_=true": ("model._partial_=true", "stays"),
     "runtime.threads=1000000000": ("runtime.threads=1000000000", "this machine has"),
     "runtime.processes=100000": ("runtime.processes=100000", "this machine has"),
+    "train.workers=100000": ("train.workers=100000", "this machine has"),
     "+model=vit_tiny": ("+model=vit_tiny", "model=vit_tiny takes its place"),
     "optim=adam,sgd": ("optim=adam,sgd", "--multirun"),
     "seed=0,1": ("seed=0,1", "--multirun"),

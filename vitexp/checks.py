@@ -139,7 +139,8 @@ NO_DECAY_SETS = ("default", "none", "mae_pretrain", "mae_finetune", "deit", "big
 IN_MLFLOW = ("mlflow:", "runs:/")  # a run there; it is looked up when it is needed
 PATHS = ("run", "init_from", "data.root", "data.train", "data.val")
 NOT_EMPTY = ("name", "output_dir", *PATHS)  # an empty path would mean the folder one happens to be in
-A_CORE = {"runtime.processes": 32, "runtime.threads": 64}  # far more than is of use, fewer than a machine breaks at
+# Far more than is of use, fewer than a machine breaks at.
+A_CORE = {"runtime.processes": 32, "runtime.threads": 64, "train.workers": 32}
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
