@@ -76,9 +76,7 @@ class HMLPStem(PatchEmbed):
 
     def reset_parameters(self) -> None:
         """torch's own start of each layer."""
-        for layer in self.proj.children():
-            if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
-                layer.reset_parameters()
+        reset_layers(self.proj)
 
     def project(self, patches: Tensor) -> Tensor:
         """(b, n, d) tokens of the patches given, any number of them: each is a picture of its own."""
@@ -89,6 +87,13 @@ class HMLPStem(PatchEmbed):
         if keep is None:
             return self.proj(images).flatten(2).transpose(1, 2)
         return super().forward(images, keep)
+
+
+def reset_layers(stem: nn.Module) -> None:
+    """torch's own start of the convolutions and norms that a stem is made of, in their order."""
+    for layer in stem.children():
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+            layer.reset_parameters()
 
 
 def pick_patches(grid: Tensor, keep: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitexp.errors import UserError
 from vitexp.models.checks import flag, one_of, positive, whole
-from vitexp.models.layers import Block, Linear, PatchEmbed
+from vitexp.models.layers import Block, Linear, PatchEmbed, reset_layers
 from vitexp.models.vit import HEAD_INITS, AttentionPath, VisionTransformer, init_linear
 from vitexp.types import Features
 
@@ -180,6 +180,4 @@ class LVViT(VisionTransformer):
         super().init_weights()
         assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        for layer in self.patch_embed.children():
-            assert isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
-            layer.reset_parameters()
+        reset_layers(self.patch_embed)
